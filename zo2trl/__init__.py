@@ -1,0 +1,32 @@
+"""Forward-only fine-tuning of language models that do not fit the GPU, as drop-in transformers and TRL trainers."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zo2trl.errors import ZO2TRLError
+    from zo2trl.trainers.arguments import ZOConfig
+    from zo2trl.trainers.sft_trainer import ZOSFTConfig, ZOSFTTrainer
+    from zo2trl.trainers.zo_trainer import ZOTrainer
+
+__version__ = "0.1.0"
+__all__ = ["ZO2TRLError", "ZOConfig", "ZOSFTConfig", "ZOSFTTrainer", "ZOTrainer", "__version__"]
+
+# Imported on first use: `zo2trl --version` should not wait for torch, and ZOTrainer should not need TRL.
+_HOMES = {
+    "ZO2TRLError": "zo2trl.errors",
+    "ZOConfig": "zo2trl.trainers.arguments",
+    "ZOSFTConfig": "zo2trl.trainers.sft_trainer",
+    "ZOSFTTrainer": "zo2trl.trainers.sft_trainer",
+    "ZOTrainer": "zo2trl.trainers.zo_trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zo2trl' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

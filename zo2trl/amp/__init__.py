@@ -1,0 +1,1 @@
+"""What a unit looks like on the wire between its home and the device."""

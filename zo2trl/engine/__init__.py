@@ -1,0 +1,1 @@
+"""One ZO step: passes in lockstep over leased weights."""

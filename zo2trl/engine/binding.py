@@ -1,0 +1,167 @@
+"""Binding: which module needs which segments, and what a Parameter's `data` points to at every moment.
+
+Does not: fetch, perturb or decide anything.
+
+Three states of a parameter: at rest (a view of its home, so that `state_dict`, savers and users just work), poisoned
+(NaN everywhere, during a march, while nobody may read it), and bound (leased or perturbed bytes). Only `Parameter.data`
+is swapped: the Parameter objects stay, and with them ties, optimizer groups and PEFT's references.
+
+Invariant: outside a march every parameter is at rest.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from zo2trl.tiers.layout import Layout, Segment, TensorSpec, VisitPoint
+from zo2trl.tiers.store import TieredStore
+from zo2trl.tiers.tier import tensor_view
+
+__all__ = ["Around", "Binding", "Forward"]
+
+Forward = Callable[..., Any]
+Around = Callable[[VisitPoint, Forward, tuple, dict], Any]
+"""Gets a visit point, the module's own forward and its arguments; returns what the forward returns."""
+
+
+class Binding:
+    """Swaps parameter storage of one model, and tells when a forward enters or leaves a visit point."""
+
+    _parameters: dict[int, nn.Parameter]  # tensor id -> Parameter
+    _bound_views: dict[tuple[int, int], list[tuple[nn.Parameter, torch.Tensor]]]  # (segment, address) -> its tensors
+    _rest_views: dict[int, tuple[int, list[tuple[nn.Parameter, torch.Tensor]]]]  # unit -> (version of home, tensors)
+    _seen_versions: dict[int, int]  # tensor id -> Parameter._version when it was last put to rest
+
+    def __init__(self, model: nn.Module, layout: Layout, store: TieredStore) -> None:
+        self.layout = layout
+        self._model = model
+        self._store = store
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self._parameters = {t.tensor_id: named[t.name] for unit in layout.units for t in unit.tensors}
+        self._bound_views = {}
+        self._rest_views = {}
+        self._seen_versions = {}
+        self._hooked: list[tuple[nn.Module, Forward | None]] = []
+
+    # -- states of the parameters
+
+    def bind(
+        self, point: VisitPoint, weights: Sequence[torch.Tensor], *, perturbed: Sequence[torch.Tensor | None] = ()
+    ) -> None:
+        """Point a visit's parameters at clean bytes, and its trainable ones at perturbed bytes where given."""
+        for i, segment in enumerate(point.segments):
+            for parameter, view in self._views(segment, weights[i]):
+                parameter.data = view
+            moved = perturbed[i] if perturbed else None
+            if moved is not None:
+                trainable = (t.trainable for t in segment.tensors)
+                for (parameter, view), is_trainable in zip(self._views(segment, moved), trainable, strict=True):
+                    if is_trainable:
+                        parameter.data = view
+
+    def poison(self, point: VisitPoint) -> None:
+        """Make a point's parameters unreadable: a hook that was missed shows as NaN, not as stale weights."""
+        for segment in point.segments:
+            for spec in segment.tensors:
+                self._parameters[spec.tensor_id].data = self._nan(spec)
+
+    def poison_all(self) -> None:
+        """Start of a march."""
+        for point in self.layout.points:
+            self.poison(point)
+
+    def put_to_rest(self) -> None:
+        """End of a march: every parameter shows its home."""
+        for unit in self.layout.units:
+            for parameter, view in self._home_views(unit.index):
+                parameter.data = view
+        self._seen_versions = {key: p._version for key, p in self._parameters.items()}
+
+    def rest_point(self, point: VisitPoint) -> None:
+        """End of a visit outside any march."""
+        for segment in point.segments:
+            held = {spec.tensor_id for spec in segment.tensors}
+            views = zip(segment.unit.tensors, self._home_views(segment.unit.index), strict=True)
+            for spec, (parameter, view) in views:
+                if spec.tensor_id in held:
+                    parameter.data = view
+
+    def changed_outside(self) -> bool:
+        """True if somebody wrote into a parameter since it was put to rest (`load_state_dict`, `p.add_`, ...)."""
+        return any(self._parameters[key]._version != version for key, version in self._seen_versions.items())
+
+    # -- hooks
+
+    def hook(self, around: Around, after_stack: Callable[[], None]) -> None:
+        """Route the forward of every visited module through `around`, and call `after_stack` behind each stack.
+
+        The hook is an instance attribute `forward`: it goes round transformers' checkpointing wrapper and leaves
+        forward (pre-)hooks that others registered where they were.
+        """
+        modules = dict(self._model.named_modules())
+        for point in self.layout.points[1:]:
+            self._wrap(modules[point.module_name], partial(around, point))
+        for name in self.layout.stack_ends:
+            self._wrap(modules[name], partial(_then, after_stack))
+
+    def unhook(self) -> None:
+        """Give the modules their own forward back; idempotent."""
+        while self._hooked:
+            module, before = self._hooked.pop()
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+
+    def _wrap(self, module: nn.Module, around: Callable[[Forward, tuple, dict], Any]) -> None:
+        inner, before = module.forward, module.__dict__.get("forward")
+
+        def forward(*args, **kwargs):
+            return around(inner, args, kwargs)
+
+        module.forward = forward
+        self._hooked.append((module, before))
+
+    # -- views
+
+    def _views(self, segment: Segment, buffer: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        key = (segment.index, buffer.data_ptr())
+        views = self._bound_views.get(key)
+        if views is None:
+            views = [(self._parameters[s.tensor_id], _carve(buffer, s, segment.byte_start)) for s in segment.tensors]
+            self._bound_views[key] = views
+        return views
+
+    def _home_views(self, unit_index: int) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        unit = self.layout.units[unit_index]
+        buffer, version = self._store.view(unit)
+        known = self._rest_views.get(unit_index)
+        if known is None or known[0] != version:
+            views = [(self._parameters[spec.tensor_id], tensor_view(buffer, spec)) for spec in unit.tensors]
+            known = self._rest_views[unit_index] = (version, views)
+        return known[1]
+
+    def _nan(self, spec: TensorSpec) -> torch.Tensor:
+        nan = self._nans.get(spec.dtype)
+        if nan is None:
+            fill = float("nan") if spec.dtype.is_floating_point else torch.iinfo(spec.dtype).min
+            nan = self._nans[spec.dtype] = torch.full((), fill, dtype=spec.dtype, device=self._store.device)
+        return nan.expand(spec.shape)
+
+    @cached_property
+    def _nans(self) -> dict[torch.dtype, torch.Tensor]:
+        return {}
+
+
+def _carve(buffer: torch.Tensor, spec: TensorSpec, byte_start: int) -> torch.Tensor:
+    start = spec.byte_offset - byte_start
+    return buffer[start : start + spec.n_bytes].view(spec.dtype).view(spec.shape)
+
+
+def _then(after: Callable[[], None], inner: Forward, args: tuple, kwargs: dict) -> Any:
+    output = inner(*args, **kwargs)
+    after()
+    return output

@@ -1,0 +1,143 @@
+"""Lockstep: many passes through one model, each an ordinary call, suspended wherever they need weights.
+
+Does not: lease, perturb or bind anything; `serve` does, once for all passes that wait at the same point.
+
+A pass runs in a greenlet. Thread-local state of torch (grad mode, autocast, function modes) would leak from one pass
+into the next at a hand-over, so each pass carries its own. Autocast's weight cache is emptied at every hand-over: it is
+keyed by Parameter, and the next pass sees other values in the same Parameter.
+
+Invariant: when `march` returns or raises, no pass is suspended and the caller's modes are what they were.
+"""
+
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch.overrides import TorchFunctionMode
+
+from zo2trl.zo.estimators import Probe
+
+__all__ = ["Pass", "PassAborted", "current_pass", "march"]
+
+
+class PassAborted(BaseException):
+    """Thrown into suspended passes when another one failed; not an Exception, so that model code lets it through."""
+
+
+class _Modes:
+    """Torch's thread-local modes: taken from a pass when it is suspended, put back when it goes on."""
+
+    __slots__ = ("autocast", "cache", "functions", "grad")
+
+    def __init__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.cache = torch.is_autocast_cache_enabled()
+        self.autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS]
+        self.functions = _pop_function_modes()
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.grad)
+        torch.set_autocast_cache_enabled(self.cache)
+        for kind, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        for mode in self.functions:
+            torch._C._push_on_torch_function_stack(mode)
+        if any(enabled for _, enabled, _ in self.autocast):
+            torch.clear_autocast_cache()
+
+
+_KINDS = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _pop_function_modes() -> list[TorchFunctionMode]:
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+    return modes[::-1]
+
+
+class Pass(greenlet):
+    """One probe on one micro-batch: `run` is called in a greenlet and may call `wait_for` at any depth.
+
+    Attributes:
+        probe: which weights it sees.
+        awaiting: the point it is suspended at; None once it has ended.
+        visits: how many points it has been served; the pass that is furthest behind is served first.
+        value: what `run` returned.
+    """
+
+    def __init__(self, run: Callable[[], Any], probe: Probe, *, first_point: int) -> None:
+        super().__init__(self._finish)
+        self.gr_context = contextvars.copy_context()  # libraries record outputs through context variables
+        self.probe = probe
+        self.awaiting: int | None = first_point
+        self.visits = 0
+        self.value: Any = None
+        self._run = run
+        self._modes: _Modes | None = None
+
+    def wait_for(self, point: int) -> None:
+        """Called from inside the pass: suspend until the point's weights are bound for this pass's probe."""
+        self.awaiting = point
+        assert self.parent is not None
+        self.parent.switch()
+
+    def resume(self) -> None:
+        """Called by `serve`: run on until the next point or the end."""
+        self.visits += 1
+        self.awaiting = None
+        outer = _Modes()
+        if self._modes is None:
+            outer.restore()
+        else:
+            self._modes.restore()
+        try:
+            self.parent = getcurrent()
+            self.switch()
+        finally:
+            self._modes = _Modes()
+            outer.restore()
+
+    def _finish(self) -> None:
+        self.value = self._run()
+
+
+def current_pass() -> Pass | None:
+    """The pass this code runs in, or None outside any march."""
+    here = getcurrent()
+    while here is not None and not isinstance(here, Pass):
+        here = here.parent
+    return here
+
+
+def march(passes: Sequence[Pass], serve: Callable[[int, list[Pass]], None]) -> list[Any]:
+    """Run passes to their ends; values in order.
+
+    `serve(point, waiting)` must resume every pass in `waiting` once. It is called with the point awaited by the pass
+    with the fewest visits, so passes of different lengths (generation, say) are all served.
+    """
+    try:
+        while live := [p for p in passes if p.awaiting is not None]:
+            point = min(live, key=lambda p: p.visits).awaiting
+            assert point is not None
+            serve(point, [p for p in live if p.awaiting == point])
+    finally:
+        for p in passes:
+            _abort(p)
+    return [p.value for p in passes]
+
+
+def _abort(p: Pass) -> None:
+    if p.dead or not p:
+        return
+    outer = _Modes()
+    outer.restore()
+    try:
+        p.parent = getcurrent()
+        p.throw(PassAborted)
+    except PassAborted:
+        pass
+    finally:
+        _pop_function_modes()
+        outer.restore()

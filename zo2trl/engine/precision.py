@@ -1,0 +1,39 @@
+"""Losses in fp32 whatever the model's dtype: what heads return is widened before a loss is computed from it.
+
+A 16-bit loss quantises the projected gradient in steps of 0.24 (fp16 at loss 0.5 and eps 1e-3) or 1.95 (bf16). Causal
+losses of transformers widen by themselves; those of T5, BERT-like and sequence-classification models do not.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["fp32_heads"]
+
+
+def fp32_heads(model: nn.Module) -> None:
+    """Make every head of a transformers model return fp32 where it would return 16 bit; twice does no harm."""
+    for head in dict.fromkeys(_heads(model)):
+        if _widen not in head._forward_hooks.values():
+            head.register_forward_hook(_widen)
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """Children beside the base model, and the output embedding where the model is its own base."""
+    for module in model.modules():
+        prefix = getattr(module, "base_model_prefix", None)
+        if prefix is None or not hasattr(module, "get_output_embeddings"):
+            continue
+        output = module.get_output_embeddings()
+        if output is not None:
+            yield output
+        if hasattr(module, prefix):
+            yield from (child for name, child in module.named_children() if name != prefix)
+
+
+def _widen(module: nn.Module, inputs: Any, output: Any) -> Any:
+    if isinstance(output, torch.Tensor) and output.dtype in (torch.float16, torch.bfloat16):
+        return output.float()
+    return None

@@ -1,0 +1,256 @@
+"""Engine: probes -> passes in lockstep over leased weights -> losses -> a record in the journal.
+
+Does not: know what a batch, a trainer or a file is. A caller hands in closures that each return one loss.
+
+Invariant: weights stay clean. A probe's weights exist in scratch only, and a step touches the store in one way: by
+appending its record.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zo2trl.engine.binding import Binding, Forward
+from zo2trl.engine.lockstep import Pass, current_pass, march
+from zo2trl.errors import LossPrecisionError, MarchError, TrainingDiverged
+from zo2trl.tiers.layout import Layout, VisitPoint
+from zo2trl.tiers.placement import Placement
+from zo2trl.tiers.store import TieredStore
+from zo2trl.tiers.tier import Source
+from zo2trl.zo.estimators import CLEAN, Estimate, Probe, TwoSidedSPSA
+from zo2trl.zo.records import SkipRecord, StepRecord
+from zo2trl.zo.rules import direction_seed
+
+__all__ = ["MAX_SKIPS_IN_A_ROW", "Engine"]
+
+MAX_SKIPS_IN_A_ROW = 10
+REST = 0  # index of the rest point in every layout
+
+Closure = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    step: int
+    seed: int
+    estimate: Estimate
+
+
+class Engine:
+    """Runs ZO steps, evaluations and plain forwards of one model whose parameters live in a store.
+
+    Args:
+        model: its blocks' forwards are hooked until `close`.
+        store: has adopted the model's weights; closed by `shutdown`.
+        estimator: chooses probes and turns losses into slopes.
+        seeds: step number -> the step's seed.
+    """
+
+    def __init__(
+        self, model: nn.Module, store: TieredStore, *, estimator: TwoSidedSPSA, seeds: Callable[[int], int]
+    ) -> None:
+        self.model, self.store, self.estimator = model, store, estimator
+        self._seeds = seeds
+        self._pending: _Pending | None = None
+        self._n_skips = 0
+        self.visited: list[int] = []  # indices of the points the last march served, in order
+        self._scratch: torch.Tensor | None = None
+        self._bind()
+
+    def _bind(self) -> None:
+        self.binding = Binding(self.model, self.store.layout, self.store)
+        self.binding.put_to_rest()
+        self.binding.hook(self._around, self._after_stack)
+
+    # -- what callers do
+
+    def step(self, losses: Sequence[Closure], *, step: int, passes_per_march: int = 1 << 30) -> Estimate:
+        """Evaluate every probe on every micro-batch and estimate the slope; weights do not change yet.
+
+        Args:
+            losses: one closure a micro-batch; each returns a scalar tensor in fp32 or float64. A probe's loss is
+                their sum. Closures are called once per probe, in `no_grad`.
+            step: the optimizer step, which names the directions.
+            passes_per_march: micro-batches are split over several marches so that no more passes are alive at once.
+
+        Raises:
+            LossPrecisionError: a loss is a 16-bit number.
+        """
+        probes, seed = self.estimator.probes(), self._seeds(step)
+        group = max(passes_per_march // len(probes), 1)
+        values: list[torch.Tensor] = []
+        for start in range(0, len(losses), group):
+            values += self._march([(run, probe) for run in losses[start : start + group] for probe in probes], seed=seed)
+        estimate = self.estimator.combine(_sum_per_probe(values, len(probes)))
+        self._pending = _Pending(step, seed, estimate)
+        return estimate
+
+    def commit(
+        self, *, learning_rate: float, weight_decay: float, projected_grads: Sequence[float] | None = None
+    ) -> None:
+        """Append the pending step to the journal; a non-finite loss becomes a skip that leaves the weights alone.
+
+        Args:
+            projected_grads: replaces the estimate's own (after clipping, say).
+
+        Raises:
+            TrainingDiverged: ten skips in a row.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        estimate = pending.estimate
+        if not estimate.is_finite:
+            self._skip(pending)
+            return
+        self._n_skips = 0
+        record = StepRecord(
+            step=pending.step, seed=pending.seed, learning_rate=learning_rate, weight_decay=weight_decay,
+            projected_grads=tuple(estimate.projected_grads if projected_grads is None else projected_grads),
+            zo_eps=self.estimator.zo_eps,
+        )  # fmt: skip
+        self.store.append(record)
+
+    def run_clean(self, closures: Sequence[Closure]) -> list[Any]:
+        """Call every closure once on the weights as they are, all in one march; their values in order."""
+        with self.store.writing_back():
+            return self._march([(run, CLEAN) for run in closures], seed=0)
+
+    def flush(self) -> None:
+        """Bring homes and parameters up to date: from here on `model.state_dict()` shows every finished step."""
+        if current_pass() is None:
+            self.store.flush()
+            self.binding.put_to_rest()
+
+    def replace_weights(self, source: Source) -> None:
+        """Overwrite every weight from outside (a checkpoint); steps that were pending are absorbed first."""
+        self.store.replace(source)
+        self.binding.put_to_rest()
+
+    def regranulate(self, layout: Layout, placement: Placement) -> None:
+        """Visit the same units at other points (whole blocks, leaves), before the first step."""
+        self.binding.unhook()
+        self.store.regranulate(layout, placement)
+        self._scratch = None
+        self._bind()
+
+    def shutdown(self) -> None:
+        """Absorb every step, take the hooks off and close the store; idempotent.
+
+        The parameters keep showing what their homes held, so on the CPU the model stays an ordinary model.
+        """
+        if self.store.is_open:
+            self.flush()
+            self.binding.unhook()
+            self._scratch = None
+            self.store.close()
+
+    # -- marching
+
+    def _march(self, runs: Sequence[tuple[Closure, Probe]], *, seed: int) -> list[Any]:
+        if current_pass() is not None:
+            raise MarchError("A march was started from inside another march: a loss closure must only run the model.")
+        if self.binding.changed_outside():
+            self.store.homes_changed()
+        self.visited = []
+        passes = [Pass(run, probe, first_point=REST) for run, probe in runs]
+        with torch.no_grad():
+            self.binding.poison_all()
+            try:
+                values = march(passes, lambda index, waiting: self._serve(index, waiting, seed))
+            finally:
+                self.binding.put_to_rest()
+        self.store.end_march()
+        self._expect_the_same_again()
+        return values
+
+    def _serve(self, index: int, waiting: Sequence[Pass], seed: int) -> None:
+        point = self.store.layout.points[index]
+        self.visited.append(index)
+        with self.store.lease(point) as clean:
+            for probe in dict.fromkeys(p.probe for p in waiting):
+                self.binding.bind(point, clean, perturbed=self._perturbed(point, clean, probe, seed))
+                for one in waiting:
+                    if one.probe == probe:
+                        one.resume()
+            self.binding.poison(point)
+
+    def _perturbed(
+        self, point: VisitPoint, clean: Sequence[torch.Tensor], probe: Probe, seed: int
+    ) -> list[torch.Tensor | None]:
+        if probe.coefficient == 0.0:
+            return [None] * len(clean)
+        if self._scratch is None:
+            n_bytes = self.store.placement.scratch_bytes
+            self._scratch = torch.empty(n_bytes, dtype=torch.uint8, device=self.store.device)
+        moved: list[torch.Tensor | None] = []
+        start = 0
+        for segment, weights in zip(point.segments, clean, strict=True):
+            if not segment.is_trainable:
+                moved.append(None)
+                continue
+            into = self._scratch[start : start + segment.n_bytes]
+            start += segment.n_bytes
+            self.store.rule.perturb(
+                weights, into, segment.spans,
+                seed=direction_seed(seed, probe.direction), coefficient=probe.coefficient,
+            )  # fmt: skip
+            moved.append(into)
+        return moved
+
+    def _expect_the_same_again(self) -> None:
+        points = self.store.layout.points
+        self.store.expect([points[index] for index in self.visited])
+
+    # -- hooks in the model
+
+    def _around(self, point: VisitPoint, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        running = current_pass()
+        if running is not None:
+            running.wait_for(point.index)
+            return forward(*args, **kwargs)
+        with self.store.writing_back(), self.store.lease(point) as clean:
+            self.binding.bind(point, clean)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.binding.rest_point(point)
+
+    def _after_stack(self) -> None:
+        running = current_pass()
+        if running is not None:
+            running.wait_for(REST)
+
+    def _skip(self, pending: _Pending) -> None:
+        self._n_skips += 1
+        estimate = pending.estimate
+        self.store.append(
+            SkipRecord(
+                step=pending.step, seed=pending.seed, loss_plus=estimate.loss_plus, loss_minus=estimate.loss_minus
+            )
+        )
+        if self._n_skips >= MAX_SKIPS_IN_A_ROW:
+            raise TrainingDiverged(
+                f"The loss was not finite in {self._n_skips} steps in a row (at step {pending.step}: plus "
+                f"{estimate.loss_plus}, minus {estimate.loss_minus}). No weights were changed by these steps. Look at the "
+                "batches of these steps, lower `learning_rate` or `zo_eps`, or load the model in bfloat16 or float32."
+            )
+
+
+def _sum_per_probe(values: Sequence[torch.Tensor], n_probes: int) -> list[float]:
+    for value in values:
+        if value.dtype in (torch.float16, torch.bfloat16):
+            raise LossPrecisionError(
+                f"The loss is a {value.dtype} number. At loss 0.5 and eps 1e-3 that quantises the projected gradient in "
+                "steps of 0.24 (float16) or 1.95 (bfloat16). Return the loss in float32: compute it from `logits.float()`."
+            )
+    numbers = torch.stack([value.detach().double().reshape(()) for value in values]).tolist()
+    return [_sum(numbers[probe::n_probes]) for probe in range(n_probes)]
+
+
+def _sum(numbers: Sequence[float]) -> float:
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else math.nan

@@ -1,0 +1,88 @@
+"""Every exception a user can meet, in one tree.
+
+::
+
+    ZO2TRLError
+    ├── ConfigError (also ValueError)      an argument cannot work; the message names it, the numbers and the way out
+    │   ├── BudgetError                    byte budgets cannot hold what a step needs at once
+    │   └── UnsupportedError               a feature forward-only training cannot honour (DeepSpeed, full-eval casts, ...)
+    ├── CheckpointError                    a model folder that cannot be read (pickled weights, paths outside the folder, ...)
+    ├── StoreError                         something is wrong with a parameter store on disk
+    │   ├── StoreForeign                   the folder holds something that is not this model's store
+    │   ├── StoreLocked                    another process owns the store
+    │   ├── StoreCorrupt                   bytes on disk are not what was written; names file, offset and cure
+    │   └── ShortRead                      a file ended before the bytes asked for
+    ├── MarchError                         the model did something the streamed march cannot serve
+    ├── LossPrecisionError                 the loss came back in 16 bit, where a projected gradient drowns in rounding
+    └── TrainingDiverged                   too many non-finite losses in a row
+
+``raise`` is for the world, ``assert`` is for our own bugs.
+"""
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "LossPrecisionError",
+    "MarchError",
+    "ShortRead",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreForeign",
+    "StoreLocked",
+    "TrainingDiverged",
+    "UnsupportedError",
+    "ZO2TRLError",
+]
+
+
+class ZO2TRLError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ConfigError(ZO2TRLError, ValueError):
+    """An argument that cannot work."""
+
+
+class BudgetError(ConfigError):
+    """A byte budget that cannot hold what one step needs at once."""
+
+
+class UnsupportedError(ConfigError):
+    """A feature that forward-only training out of tiers cannot honour."""
+
+
+class CheckpointError(ZO2TRLError):
+    """A model folder that cannot be read safely or at all."""
+
+
+class StoreError(ZO2TRLError):
+    """Something is wrong with a parameter store on disk."""
+
+
+class StoreForeign(StoreError):
+    """The folder holds something that is not a store of this model."""
+
+
+class StoreLocked(StoreError):
+    """Another process owns the store."""
+
+
+class StoreCorrupt(StoreError):
+    """Bytes on disk are not what was written."""
+
+
+class ShortRead(StoreError):
+    """A file ended before the bytes asked for."""
+
+
+class MarchError(ZO2TRLError):
+    """The model did something a streamed march cannot serve."""
+
+
+class LossPrecisionError(ZO2TRLError):
+    """The loss is a 16-bit number: a projected gradient would drown in its rounding."""
+
+
+class TrainingDiverged(ZO2TRLError):
+    """Too many non-finite losses in a row."""

@@ -1,0 +1,54 @@
+"""Device tier: units that never leave the execution device ("gpu" also names the main memory of a CPU-only machine).
+
+Invariant: a unit's buffer is allocated once and keeps its address.
+"""
+
+import torch
+
+from zo2trl.tiers.layout import Segment, Unit
+from zo2trl.tiers.tier import Source, tensor_view
+
+__all__ = ["DeviceTier"]
+
+
+class DeviceTier:
+    """One buffer per unit on the execution device."""
+
+    name = "gpu"
+
+    _buffers: dict[int, torch.Tensor]
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers = {}
+
+    def adopt(self, unit: Unit, source: Source) -> None:
+        """Allocate and fill."""
+        buffer = torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device)
+        for spec in unit.tensors:
+            tensor_view(buffer, spec).copy_(source(spec))
+        self._buffers[unit.index] = buffer
+
+    def weights(self, segment: Segment) -> torch.Tensor:
+        """The segment's bytes in place: leasing a resident unit moves nothing."""
+        return self._buffers[segment.unit.index][segment.byte_start : segment.byte_start + segment.n_bytes]
+
+    def read(self, segment: Segment, into: torch.Tensor) -> None:
+        """Copy to the host."""
+        into.copy_(self.weights(segment))
+
+    def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
+        """Overwrite in place."""
+        self.weights(segment).copy_(data)
+        return True
+
+    def abandon(self, unit: Unit) -> None:
+        """Nothing is ever half written here."""
+
+    def view(self, unit: Unit) -> torch.Tensor:
+        """The buffer itself, on the device."""
+        return self._buffers[unit.index]
+
+    def close(self) -> None:
+        """Drop the buffers."""
+        self._buffers.clear()

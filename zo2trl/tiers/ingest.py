@@ -1,0 +1,404 @@
+"""Checkpoint -> model on the CPU whose weights are maps of the safetensors files, so that loading needs no memory.
+
+Does not: cast (the store does, tensor by tensor, while it adopts), place anything on a device, run pickles, train.
+Invariant: after the casts that `MappedModel` names, the model equals plain ``from_pretrained`` bit for bit; what is in
+memory of its own is at most the tensors outside the blocks, and one block tensor at a time while loading.
+
+Two routes. Usually transformers maps the files by itself. It does not where a tensor is converted on the way: another
+dtype, or experts that the files keep one by one and the model fuses. Then the blocks are declared offloaded to disk:
+transformers converts one tensor at a time and writes fused experts to files, and we map what its index names.
+"""
+
+import copy
+import difflib
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import transformers
+from accelerate.hooks import remove_hook_from_module
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from zo2trl.errors import CheckpointError, ConfigError, UnsupportedError
+from zo2trl.tiers.fs import LOCAL, inside
+from zo2trl.tiers.layout import find_stacks
+from zo2trl.tiers.placement import format_bytes
+
+__all__ = ["MappedModel", "load_mapped"]
+
+# An index has one line per tensor; the largest published ones stay under 20 MB.
+MAX_INDEX_BYTES = 256 * 2**20
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+_FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
+_STORE_PLACES = "the parameter store decides where parameters live"
+_NOT_YET = "adapters on quantised bases come with a later release"
+_PLACING = ("max_memory", "tp_plan", "tp_size", "device_mesh", "distributed_config", "offload_buffers")
+_QUANTISING = ("quantization_config", "load_in_4bit", "load_in_8bit")
+_REFUSED = {
+    **dict.fromkeys(_PLACING, _STORE_PLACES),
+    **dict.fromkeys(_QUANTISING, _NOT_YET),
+    "disable_mmap": "weights are mapped, never read into memory as a whole",
+    "gguf_file": "GGUF weights are quantised; load the original safetensors checkpoint",
+    "state_dict": "weights come from the checkpoint's files",
+    "output_loading_info": "the caller gets a model only",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class MappedModel:
+    """A loaded model, and what its store must still do to it.
+
+    Attributes:
+        model: on the CPU, in eval mode; most parameters are copy-on-write maps of checkpoint files.
+        dtype: what floating parameters must be cast to while they are adopted; None if all are as they should be.
+        kept_float32: parameters that are to be float32 whatever `dtype` says (transformers' `keep_in_fp32` modules).
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype | None
+    kept_float32: frozenset[str] = frozenset()
+
+    def casts(self) -> dict[str, torch.dtype]:
+        """Parameter name -> storage dtype, for the parameters whose dtype still has to change."""
+        dtype = self.dtype
+        return {
+            name: wanted
+            for name, parameter in self.model.named_parameters()
+            if dtype is not None and parameter.is_floating_point()
+            if parameter.dtype != (wanted := torch.float32 if name in self.kept_float32 else dtype)
+        }
+
+
+def load_mapped(
+    path_or_id: str | Path,
+    *,
+    model_class: Any = None,
+    offload_folder: Path | None = None,
+    **model_init_kwargs: Any,
+) -> MappedModel:
+    """Load a checkpoint as ``from_pretrained`` would, without holding its weights in memory.
+
+    Args:
+        path_or_id: a folder with safetensors weights, or a hub id.
+        model_class: a model or `Auto...` class; None takes the one that the configuration names.
+        offload_folder: a folder on a disk with room for all fused experts. What is written there has lost its names
+            when this returns, and gives its bytes back when the last parameter that maps them goes.
+        model_init_kwargs: `from_pretrained`'s own. `dtype` (or `torch_dtype`) is "auto" unless given.
+
+    Raises:
+        CheckpointError: pickled weights only, damaged files, names that lead out of the folder.
+        UnsupportedError: an argument or a checkpoint that asks for placement, quantisation or an adapter.
+    """
+    kwargs = dict(model_init_kwargs)
+    requested = _take_dtype(kwargs)
+    _refuse(kwargs)
+    source = str(path_or_id)
+    _refuse_adapter(source, kwargs)
+    config = read_config(source, kwargs)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedError(f"{source} is quantised (see its config.json): {_NOT_YET}. Load the original model.")
+    stored = _read_headers(_weight_files(source, config, kwargs))
+    floats = (dtype for dtype, _ in stored.values() if dtype is not None)
+    dtype: Any = requested or config.dtype or next(floats, torch.get_default_dtype())
+    kwargs |= {"dtype": dtype, "use_safetensors": True, "force_download": False}  # Fetched by now; once is enough.
+
+    model_class = model_class or class_named_by(config)
+    skeleton = build_skeleton(model_class, config, trust_remote_code=kwargs.get("trust_remote_code", False))
+    names = model_names(skeleton, stored, key_mapping=kwargs.get("key_mapping"))
+    dtype_of = _dtype_plan(skeleton, dtype)
+    fused = [name for name, (_, is_converted) in names.items() if is_converted]
+    cast = [name for name, (found, _) in stored.items() if found not in (None, dtype_of(names[name][0]))]
+    blocks = {f"{name}.{i}" for name, stack in find_stacks(skeleton) for i in range(len(stack))}
+    if not blocks or not (fused or cast):
+        return MappedModel(model_class.from_pretrained(source, **kwargs), None)
+    _make_room(source, offload_folder, dtype.itemsize * sum(stored[name][1] for name in fused))
+    kwargs["device_map"] = _blocks_on_disk(skeleton, blocks)
+    model = _load_offloaded(model_class, source, folder=offload_folder, kwargs=kwargs)
+    kept = frozenset(name for name, _ in model.named_parameters() if dtype_of(name) != dtype)
+    mapped = MappedModel(model, dtype, kept)
+    return mapped if mapped.casts() else MappedModel(model, None)
+
+
+def read_config(source: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """The checkpoint's configuration with the overrides in `kwargs`; `CheckpointError` if a folder has none."""
+    given = kwargs.get("config")
+    if isinstance(given, PreTrainedConfig):
+        return copy.deepcopy(given)
+    if given is None and Path(source).is_dir() and not (_folder(source, kwargs) / "config.json").is_file():
+        raise CheckpointError(f"{source} has no config.json, so it is no model folder. Check the path.")
+    # Attention and expert kernels are checked when a model is built, and the skeleton needs none.
+    skip = ("config", "attn_implementation", "experts_implementation")
+    overrides = {name: value for name, value in kwargs.items() if name not in skip}
+    config: Any
+    config, _ = AutoConfig.from_pretrained(given or source, return_unused_kwargs=True, **overrides)
+    return config
+
+
+def class_named_by(config: PreTrainedConfig) -> Any:
+    """The model class that the configuration names, else the causal language model class."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None:
+        return named
+    # Remote code: the class lives in the checkpoint's own module, and `auto_map` says behind which front.
+    front = "AutoModelForImageTextToText"
+    return getattr(transformers, front) if front in (getattr(config, "auto_map", None) or {}) else AutoModelForCausalLM
+
+
+def build_skeleton(model_class: Any, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without storage: names, shapes and ties only."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        if hasattr(model_class, "from_config"):
+            return model_class.from_config(config, trust_remote_code=trust_remote_code)
+        return model_class(config)
+
+
+def model_names(
+    skeleton: PreTrainedModel, names: Iterable[str], *, key_mapping: dict[str, str] | None = None
+) -> dict[str, tuple[str, bool]]:
+    """Name in the files -> (name in the model, whether its values are converted on the way there)."""
+    transforms = get_model_conversion_mapping(skeleton, key_mapping)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    expected, prefix = skeleton.state_dict(), skeleton.base_model_prefix
+    found = ((name, rename_source_key(name, renamings, converters, prefix, expected)) for name in names)
+    return {name: (renamed, pattern is not None) for name, (renamed, pattern) in found}
+
+
+def trusted_file(folder: Path, name: str) -> Path:
+    """``folder / name``, refused unless it stays in the folder; a hub cache's blobs beside it count too."""
+    here = folder.absolute()
+    homes = [home for home in here.parents if home.name.startswith("models--") and (home / "blobs").is_dir()]
+    return inside(folder, name, error=CheckpointError, links_into=tuple(homes))
+
+
+def read_index(path: Path) -> list[str]:
+    """The file names in a ``*.index.json``, sorted, each checked to stay in the folder; none of them is opened."""
+    try:
+        index = json.loads(LOCAL.read_text(path, max_bytes=MAX_INDEX_BYTES))
+        names = sorted(set(index["weight_map"].values()))
+        dict(index["metadata"])
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not an index of weights: it needs `metadata` and a `weight_map` from tensor names to file "
+            "names. Restore it from where the checkpoint came from."
+        ) from error
+    for name in names:
+        trusted_file(path.parent, name)
+    return names
+
+
+def _take_dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
+    value, old_spelling = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
+    value = old_spelling if value is None else value
+    if value is None or value == "auto":
+        return None
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        near = difflib.get_close_matches(str(value), _DTYPE_NAMES, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"`dtype` must be 'auto', a floating torch.dtype or its name, got {value!r}. Did you mean {near!r}?"
+        )
+    return dtype
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    device_map = kwargs.pop("device_map", None)
+    if not (device_map is None or (isinstance(device_map, str) and device_map in ("cpu", "auto"))):
+        raise UnsupportedError(
+            f"`device_map={device_map!r}` cannot be honoured: {_STORE_PLACES}. Leave it out and set `device_memory` "
+            "and `cpu_memory`."
+        )
+    for name, reason in _REFUSED.items():
+        if kwargs.pop(name, None):
+            raise UnsupportedError(f"`{name}` in `model_init_kwargs` cannot be honoured: {reason}. Leave it out.")
+    if kwargs.get("use_safetensors") is False:
+        raise UnsupportedError(
+            "`use_safetensors=False` asks for pickled weights, which can run code. Leave it out, and turn pickled "
+            "weights into safetensors with `zo2trl convert SRC DST`."
+        )
+
+
+def _refuse_adapter(source: str, kwargs: Mapping[str, Any]) -> None:
+    name = "adapter_config.json"
+    is_local = Path(source).is_dir()
+    if (_folder(source, kwargs) / name).is_file() if is_local else cached_file(source, name, **_hub(kwargs)):
+        raise UnsupportedError(
+            f"{source} is an adapter (it has an {name}). Load the base model and continue the adapter by wrapping the "
+            "model with `PeftModel.from_pretrained(model, path, is_trainable=True)`."
+        )
+
+
+def _folder(source: str, kwargs: Mapping[str, Any]) -> Path:
+    return Path(source, kwargs.get("subfolder") or "")
+
+
+def _hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for a look-up on the hub that answers None where the repository lacks the file."""
+    given = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    return given | {"_raise_exceptions_for_missing_entries": False}
+
+
+def _weight_files(source: str, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> list[Path]:
+    """The safetensors files of a checkpoint, fetched if they are on the hub; nothing in them is read."""
+    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+    named = getattr(config, "transformers_weights", None)
+    candidates = [named] if named else [f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"]
+    if not Path(source).is_dir():
+        return _hub_files(source, candidates, kwargs)
+    folder = _folder(source, kwargs)
+    for name in candidates:
+        path = trusted_file(folder, name)
+        if not path.is_file():
+            continue
+        if not name.endswith(".json"):
+            return [path]
+        files = [folder / PurePosixPath(shard) for shard in read_index(path)]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(
+                f"{len(missing)} of the {len(files)} weight files that {path} names are missing, the first is "
+                f"{missing[0]}. Finish the download or copy them."
+            )
+        return files
+    if not any(folder.glob("*.bin")):
+        raise CheckpointError(f"{folder} has no {' or '.join(candidates)}: no weights to load. Check the path.")
+    raise CheckpointError(
+        f"{folder} holds pickled weights only (*.bin), and unpickling can run code. Convert them once, without "
+        f"running any: `zo2trl convert {folder} {folder.absolute()}-safetensors`, then load that folder."
+    )
+
+
+def _hub_files(source: str, candidates: list[str], kwargs: Mapping[str, Any]) -> list[Path]:
+    for name in candidates:
+        path = cached_file(source, name, **_hub(kwargs))
+        if path is not None and name.endswith(".json"):
+            read_index(Path(path))
+            return [Path(file) for file in get_checkpoint_shard_files(source, path, **_hub(kwargs))[0]]
+        if path is not None:
+            return [Path(path)]
+    raise CheckpointError(
+        f"The repository {source!r} has no {' or '.join(candidates)}, and pickled weights can run code. If it has "
+        "*.bin files, download it to a folder SRC and run `zo2trl convert SRC DST`."
+    )
+
+
+def _read_headers(files: Iterable[Path]) -> dict[str, tuple[torch.dtype | None, int]]:
+    """Name -> (dtype, elements) of every tensor in the files; the dtype is None unless it is a floating one."""
+    found: dict[str, tuple[torch.dtype | None, int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no dict
+                    tensor = opened.get_slice(name)
+                    found[name] = _FLOAT_DTYPES.get(tensor.get_dtype()), math.prod(tensor.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is not a whole safetensors file ({error}). Fetch it again from where it came from."
+            ) from error
+    return found
+
+
+def _dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """Parameter name -> dtype after loading as `dtype`: transformers keeps some parameters in float32."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    if not patterns:
+        return lambda name: dtype
+    kept = re.compile("|".join(patterns))
+    return lambda name: torch.float32 if kept.search(name) else dtype
+
+
+def _make_room(source: str, folder: Path | None, n_bytes: int) -> None:
+    if folder is None:
+        if not n_bytes:
+            return
+        raise ConfigError(
+            f"{source} keeps experts one by one while the model fuses them, so {format_bytes(n_bytes)} have to be "
+            "written once. Pass `offload_folder=` on a disk with that much room."
+        )
+    LOCAL.make_dir(folder)
+    if (free := LOCAL.free_bytes(folder)) < n_bytes:
+        raise ConfigError(
+            f"`offload_folder` {folder} has {format_bytes(free)} free; fusing the experts of {source} takes "
+            f"{format_bytes(n_bytes)}. Free some space or choose another disk."
+        )
+
+
+def _blocks_on_disk(skeleton: nn.Module, blocks: set[str]) -> dict[str, str]:
+    """A device map that names every module: transformers refuses a catch-all key together with "disk"."""
+    ancestors = {block.rsplit(".", depth)[0] for block in blocks for depth in range(1, block.count(".") + 1)} | {""}
+    places: dict[str, str] = dict.fromkeys(blocks, "disk")
+    for name, module in skeleton.named_modules():
+        if name not in ancestors:
+            continue
+        here = [key for key, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
+        here += [key for key, _ in module.named_buffers(recurse=False)]
+        full = [f"{name}.{key}" if name else key for key in here]
+        places |= {key: "cpu" for key in full if key not in ancestors and key not in blocks}
+    return places
+
+
+def _load_offloaded(model_class: Any, source: str, *, folder: Path | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    # A map outlives its file's name: with the folder gone when this returns, a later crash leaves no bytes behind.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="experts-") as scratch:
+        model = model_class.from_pretrained(source, offload_folder=scratch, **kwargs)
+        _map_offloaded(model, _offload_index(model))
+    remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        # The hooks leave the class's own method behind as an attribute of the instance.
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]
+    del model.hf_device_map
+    model.tie_weights(recompute_mapping=False)
+    return model
+
+
+def _offload_index(model: nn.Module) -> Mapping[str, Mapping[str, str]]:
+    maps = (getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules())
+    weights: Any = next(found for found in maps if found is not None)
+    while hasattr(weights, "dataset"):
+        weights = weights.dataset
+    return weights.index
+
+
+def _map_offloaded(model: nn.Module, index: Mapping[str, Mapping[str, str]]) -> None:
+    """Replace every parameter without storage by a map of the tensor that `index` names, in that file's own dtype."""
+    opened: dict[str, Any] = {}
+    mapped: dict[int, nn.Parameter] = {}  # parameters that are one object stay one
+    for prefix, module in model.named_modules():
+        for name, empty in module._parameters.items():
+            if empty is None or empty.device.type != "meta":
+                continue
+            if id(empty) not in mapped:
+                tensor = _read(f"{prefix}.{name}", index, opened)
+                if tensor.shape != empty.shape:
+                    raise CheckpointError(
+                        f"{prefix}.{name} has shape {list(tensor.shape)} in the checkpoint and {list(empty.shape)} in "
+                        "the model. The configuration and the weights belong to different models."
+                    )
+                mapped[id(empty)] = nn.Parameter(tensor, requires_grad=empty.requires_grad)
+            module._parameters[name] = mapped[id(empty)]
+
+
+def _read(name: str, index: Mapping[str, Mapping[str, str]], opened: dict[str, Any]) -> torch.Tensor:
+    if name not in index:
+        raise CheckpointError(f"The checkpoint lacks {name}, a part of a block. Check that its files are complete.")
+    entry = index[name]
+    file = entry["safetensors_file"]
+    if file not in opened:
+        opened[file] = safe_open(file, framework="pt")
+    return opened[file].get_tensor(entry["weight_name"])

@@ -1,0 +1,310 @@
+"""Model -> units, segments and visit points: which bytes belong together, and where in a forward they are needed.
+
+Does not: place units in tiers (placement.py), move or read weights, know about probes.
+Invariant: pure data. Every parameter is in exactly one unit, tied ones once; a unit's tensors follow
+`named_parameters()` order and each starts on a noise tile, so neither noise nor files depend on granularity.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from zo2trl.zo.noise import TILE, TileMap
+from zo2trl.zo.rules import Span
+
+__all__ = ["Layout", "Segment", "TensorSpec", "Unit", "VisitPoint", "find_stacks", "plan_layout"]
+
+Kind = Literal["rest", "shared", "block", "adapter"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One parameter inside its unit's buffer. `tensor_id` numbers `named_parameters()` and keys the noise."""
+
+    name: str
+    tensor_id: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    byte_offset: int
+    trainable: bool
+    decays: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the elements, without padding."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def n_padded_bytes(self) -> int:
+        """Bytes up to the next tensor: a whole number of tiles."""
+        return -(-self.numel // TILE) * TILE * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What has a home in one tier: the tensors of one block (or of everything outside the blocks)."""
+
+    index: int
+    name: str
+    kind: Kind
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Length of the unit's contiguous buffer."""
+        return sum(tensor.n_padded_bytes for tensor in self.tensors)
+
+    @property
+    def is_resident(self) -> bool:
+        """True for units that always live on the execution device."""
+        return self.kind != "block"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Segment:
+    """A byte range of a unit that is visited at once: the whole unit, or one leaf of it."""
+
+    index: int
+    unit: Unit
+    byte_start: int
+    n_bytes: int
+    tensors: tuple[TensorSpec, ...]
+    spans: tuple[Span, ...] = field(repr=False)
+
+    @property
+    def is_trainable(self) -> bool:
+        """False when nothing in it is ever perturbed, updated or written."""
+        return bool(self.spans)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VisitPoint:
+    """A module whose forward must not start before its segments are bound. The first point of a layout is "rest"."""
+
+    index: int
+    module_name: str
+    block_name: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Layout:
+    """All units and the points where a forward needs them, in the order a forward is expected to."""
+
+    units: tuple[Unit, ...]
+    points: tuple[VisitPoint, ...]
+    stack_ends: frozenset[str]  # names of blocks after which the pass is outside the stacks again
+    leaf_blocks: frozenset[str]  # blocks that are visited leaf by leaf
+
+    @property
+    def rest(self) -> VisitPoint:
+        """The point bound whenever a pass runs outside the stacks."""
+        return self.points[0]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Every segment once, in index order."""
+        seen = {segment.index: segment for point in self.points for segment in point.segments}
+        return [seen[index] for index in sorted(seen)]
+
+    def trainable_tensors(self) -> list[TensorSpec]:
+        """Trainable tensors in `named_parameters()` order: the order of MeZO's stream."""
+        tensors = [tensor for unit in self.units for tensor in unit.tensors if tensor.trainable]
+        return sorted(tensors, key=lambda tensor: tensor.tensor_id)
+
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, dtypes, trainability and offsets; granularity and budgets leave it alone."""
+        rows = [
+            [unit.name, [[t.name, t.tensor_id, t.shape, str(t.dtype), t.byte_offset, t.trainable, t.decays]
+                         for t in unit.tensors]]
+            for unit in self.units
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def find_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Stacks of blocks in definition order: outermost ModuleLists whose every child is a transformer block.
+
+    A block is a `GradientCheckpointingLayer`, which is what transformers makes of every decoder or encoder layer;
+    models without any fall back to the class names in `_no_split_modules`.
+    """
+    names = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+    stacks = _stacks_where(model, lambda child: isinstance(child, GradientCheckpointingLayer))
+    return stacks or _stacks_where(model, lambda child: type(child).__name__ in names)
+
+
+def _stacks_where(model: nn.Module, is_block) -> list[tuple[str, nn.ModuleList]]:
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(is_block, module)) and not inside:
+            found.append((name, module))
+    return found
+
+
+def plan_layout(
+    model: nn.Module,
+    *,
+    decay_names: Collection[str] = (),
+    leaf_blocks: Collection[str] | Literal["all"] = (),
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Layout:
+    """Lay a model out in units.
+
+    Args:
+        model: any module; blocks are found by `find_stacks`, parameters may live on any device but meta.
+        decay_names: parameter names that weight decay applies to.
+        leaf_blocks: names of blocks to visit leaf by leaf, or "all".
+        dtypes: storage dtypes of parameters that the store must cast while it adopts them.
+    """
+    stacks = find_stacks(model)
+    blocks = [(f"{name}.{i}", block) for name, stack in stacks for i, block in enumerate(stack)]
+    leafy = frozenset(name for name, _ in blocks if leaf_blocks == "all" or name in leaf_blocks)
+    specs = _Specs(model, set(decay_names), dtypes or {})
+    owners = Counter(id(p) for _, block in blocks for p in set(block.parameters()))
+    in_blocks = {key for key, count in owners.items()}
+    outside = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not _within(name, blocks)}
+    shared = {key for key in in_blocks if owners[key] > 1 or key in outside}
+
+    builder = _Builder(specs)
+    rest = builder.unit("rest", "rest", [i for i in specs.order if i not in in_blocks])
+    common = builder.unit("shared", "shared", [i for i in specs.order if i in shared])
+    points = [("rest", "rest", [builder.segment(unit, unit.tensors) for unit in (rest, common) if unit])]
+    for name, block in blocks:
+        own = [i for i in specs.order_of(block) if i not in shared]
+        units = builder.block_units(name, own)
+        for module_name, module in _leaves(name, block) if name in leafy else [(name, block)]:
+            held = {id(p) for p in module.parameters()}
+            segments = [builder.segment(unit, _held(specs, unit, held)) for unit in units]
+            if common and held & shared:
+                segments.append(points[0][2][-1])
+            points.append((module_name, name, [segment for segment in segments if segment]))
+    return Layout(
+        units=tuple(builder.units),
+        points=tuple(
+            VisitPoint(index=i, module_name=module, block_name=block, segments=tuple(filter(None, segments)))
+            for i, (module, block, segments) in enumerate(points)
+        ),
+        stack_ends=frozenset(f"{name}.{len(stack) - 1}" for name, stack in stacks),
+        leaf_blocks=leafy,
+    )
+
+
+def _within(parameter_name: str, blocks: Sequence[tuple[str, nn.Module]]) -> bool:
+    return any(parameter_name.startswith(f"{name}.") for name, _ in blocks)
+
+
+def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Outermost modules that own parameters, each with its whole subtree."""
+    if any(True for _ in module.parameters(recurse=False)):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _leaves(f"{name}.{child_name}", child)
+
+
+class _Specs:
+    """Names, ids and flags of a model's parameters, tied ones once, keyed by the identity of the Parameter."""
+
+    def __init__(self, model: nn.Module, decay: set[str], dtypes: Mapping[str, torch.dtype]) -> None:
+        self._of: dict[int, dict] = {}
+        for tensor_id, (name, p) in enumerate(model.named_parameters()):
+            self._of[id(p)] = {
+                "name": name, "tensor_id": tensor_id, "shape": tuple(p.shape),
+                "dtype": dtypes.get(name, p.dtype),
+                "trainable": p.requires_grad, "decays": name in decay,
+            }  # fmt: skip
+        self.order = list(self._of)
+        self._names = {row["name"]: key for key, row in self._of.items()}
+
+    def order_of(self, module: nn.Module) -> list[int]:
+        held = {id(p) for p in module.parameters()}
+        return [key for key in self.order if key in held]
+
+    def key(self, spec: TensorSpec) -> int:
+        return self._names[spec.name]
+
+    def is_trainable(self, key: int) -> bool:
+        return self._of[key]["trainable"]
+
+    def n_bytes(self, key: int) -> int:
+        return self.at(key, 0).n_padded_bytes
+
+    def at(self, key: int, byte_offset: int) -> TensorSpec:
+        return TensorSpec(**self._of[key], byte_offset=byte_offset)
+
+
+def _held(specs: _Specs, unit: Unit, held: set[int]) -> tuple[TensorSpec, ...]:
+    return tuple(tensor for tensor in unit.tensors if specs.key(tensor) in held)
+
+
+class _Builder:
+    """Numbers units and segments as they are made."""
+
+    def __init__(self, specs: _Specs) -> None:
+        self._specs = specs
+        self.units: list[Unit] = []
+        self._n_segments = 0
+
+    def unit(self, name: str, kind: Kind, keys: Sequence[int]) -> Unit | None:
+        if not keys:
+            return None
+        tensors: list[TensorSpec] = []
+        offset = 0
+        for key in keys:
+            tensors.append(self._specs.at(key, offset))
+            offset += tensors[-1].n_padded_bytes
+        self.units.append(Unit(index=len(self.units), name=name, kind=kind, tensors=tuple(tensors)))
+        return self.units[-1]
+
+    def block_units(self, name: str, keys: Sequence[int]) -> list[Unit]:
+        """One unit for a block; two for a mostly frozen one, whose trainable part stays on the device."""
+        trainable = [key for key in keys if self._specs.is_trainable(key)]
+        frozen = [key for key in keys if not self._specs.is_trainable(key)]
+        mostly_frozen = sum(map(self._specs.n_bytes, trainable)) < sum(map(self._specs.n_bytes, frozen))
+        if not (trainable and mostly_frozen):
+            units = [self.unit(name, "block", keys)]
+        else:
+            units = [self.unit(name, "block", frozen), self.unit(f"{name} (trainable)", "adapter", trainable)]
+        return [unit for unit in units if unit]
+
+    def segment(self, unit: Unit, tensors: Sequence[TensorSpec]) -> Segment | None:
+        if not tensors:
+            return None
+        start = tensors[0].byte_offset
+        stop = tensors[-1].byte_offset + tensors[-1].n_padded_bytes
+        self._n_segments += 1
+        return Segment(
+            index=self._n_segments - 1, unit=unit, byte_start=start, n_bytes=stop - start, tensors=tuple(tensors),
+            spans=tuple(_spans(tensors, start)),
+        )  # fmt: skip
+
+
+def _spans(tensors: Sequence[TensorSpec], byte_start: int) -> Iterator[Span]:
+    run: list[TensorSpec] = []
+    for tensor in [*tensors, None]:
+        kind = (tensor.dtype, tensor.decays) if tensor is not None and tensor.trainable else None
+        if run and kind != (run[0].dtype, run[0].decays):
+            yield _span(run, byte_start)
+            run = []
+        if kind is not None and tensor is not None:
+            run.append(tensor)
+
+
+def _span(run: Sequence[TensorSpec], byte_start: int) -> Span:
+    tiles = TileMap.for_tensors([(tensor.tensor_id, tensor.numel) for tensor in run])
+    return Span(
+        dtype=run[0].dtype, byte_start=run[0].byte_offset - byte_start, tiles=tiles, decays=run[0].decays
+    )

@@ -1,0 +1,46 @@
+"""What this machine has free, and what "auto" means on it.
+
+Does not: place anything (placement.py). The only room that asks the machine how much memory there is.
+"""
+
+import psutil
+import torch
+
+from zo2trl.errors import ConfigError
+from zo2trl.tiers.placement import Budgets, parse_size
+
+__all__ = ["free_device_bytes", "resolve_budgets"]
+
+DEVICE_SHARE = 0.9  # of free GPU memory: the rest is for the allocator's rounding and for libraries
+HOST_AS_DEVICE_SHARE = 0.5  # of available RAM, where the execution device is the CPU
+HOST_SHARE = 0.7  # of available RAM, for everything that lives in host memory together
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Bytes nobody uses: GPU memory, or available RAM on a CPU-only machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def resolve_budgets(*, device_memory: int | str, cpu_memory: int | str, device: torch.device) -> Budgets:
+    """Byte ceilings from what the user wrote.
+
+    `device_memory`: a size, "min", or "auto" (90 % of free GPU memory; half of available RAM on a CPU-only machine).
+    `cpu_memory`: a size, 0 for nothing, or "auto" (70 % of available RAM, less what the device budget takes of it).
+
+    Raises:
+        ConfigError: not a size; names the argument.
+    """
+    device_bytes = parse_size(device_memory, argument="device_memory")
+    if device_bytes == "auto":
+        share = DEVICE_SHARE if device.type == "cuda" else HOST_AS_DEVICE_SHARE
+        device_bytes = int(free_device_bytes(device) * share)
+    cpu_bytes = parse_size(cpu_memory, argument="cpu_memory")
+    if cpu_bytes == "min":
+        raise ConfigError('`cpu_memory="min"` means nothing: write 0 to keep no unit in host memory, a size, or "auto".')
+    if cpu_bytes == "auto":
+        cpu_bytes = int(psutil.virtual_memory().available * HOST_SHARE)
+        if device.type == "cpu" and device_bytes != "min":
+            cpu_bytes = max(cpu_bytes - device_bytes, 0)
+    return Budgets(device=device_bytes, cpu=cpu_bytes)

@@ -1,0 +1,60 @@
+"""Bringing a segment from the journal position it has absorbed to the journal's end.
+
+Does not: decide when, or move bytes between tiers.
+Invariant: replaying records one call at a time or all in one call gives the same bits (`UpdateRule.replay` rounds after
+every step), so how lazily a unit catches up never shows in the weights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from zo2trl.tiers.layout import Segment
+from zo2trl.zo.records import Record
+from zo2trl.zo.rules import UpdateRule
+
+__all__ = ["Ledger", "catch_up"]
+
+
+class Ledger:
+    """Which journal position each segment's bytes at home have absorbed."""
+
+    _absorbed: dict[int, int]
+    _drafted: dict[int, dict[int, int]]  # unit -> segment -> position, written but not yet the unit's home
+
+    def __init__(self) -> None:
+        self._absorbed = {}
+        self._drafted = {}
+
+    def position(self, segment: Segment) -> int:
+        """Records absorbed by the bytes at home."""
+        return self._absorbed.get(segment.index, 0)
+
+    def absorb(self, segment: Segment, position: int) -> None:
+        """The bytes at home were changed in place."""
+        self._absorbed[segment.index] = position
+
+    def draft(self, segment: Segment, position: int) -> None:
+        """Newer bytes were written beside the home."""
+        self._drafted.setdefault(segment.unit.index, {})[segment.index] = position
+
+    def publish(self, segment: Segment) -> None:
+        """What was written of this unit is its home now."""
+        self._absorbed.update(self._drafted.pop(segment.unit.index, {}))
+
+    def forget_drafts(self) -> list[int]:
+        """Drop everything that never became a home; returns the units concerned."""
+        units = list(self._drafted)
+        self._drafted.clear()
+        return units
+
+
+def catch_up(
+    weights: torch.Tensor, segment: Segment, records: Sequence[Record], *, position: int, rule: UpdateRule
+) -> bool:
+    """Replay `records[position:]` on a segment's bytes (uint8, on the device), in place. True if anything changed."""
+    pending = records[position:]
+    if not pending or not segment.is_trainable:
+        return False
+    rule.replay(weights, segment.spans, pending)
+    return True

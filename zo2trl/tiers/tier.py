@@ -1,0 +1,58 @@
+"""What every tier can do. One contract test (tests/tiers/test_tier_contract.py) runs against all of them.
+
+Does not: decide who lives where (placement.py) or when something moves (prefetch.py, store.py).
+Invariant: at any moment `view` and `read` show one whole version of a segment, never a mixture.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from zo2trl.tiers.layout import Segment, TensorSpec, Unit
+
+__all__ = ["Source", "Tier", "tensor_view"]
+
+Source = Callable[[TensorSpec], torch.Tensor]
+"""Gives a tensor's values, in the spec's shape and dtype, on any device, while a unit is adopted."""
+
+
+class Tier(Protocol):
+    """Homes of units. Buffers are flat uint8 tensors; `Segment.byte_start` counts from the start of the unit."""
+
+    name: str
+
+    def adopt(self, unit: Unit, source: Source) -> None:
+        """Make a home for a unit and fill it, tensor by tensor; padding is zero."""
+        ...
+
+    def read(self, segment: Segment, into: torch.Tensor) -> None:
+        """Copy a segment's bytes from its home into `into` (uint8, host memory, n_bytes long); blocks."""
+        ...
+
+    def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
+        """Copy new bytes of a segment to its home; blocks. True once what was written of this version is the home."""
+        ...
+
+    def abandon(self, unit: Unit) -> None:
+        """Forget segments written of a version that never became complete."""
+        ...
+
+    def view(self, unit: Unit) -> torch.Tensor:
+        """The whole unit as a flat uint8 tensor of the bytes at home. Writing into a disk unit's view stays private."""
+        ...
+
+    def close(self) -> None:
+        """Release memory, maps and files; idempotent."""
+        ...
+
+
+def tensor_view(buffer: torch.Tensor, spec: TensorSpec, *, byte_start: int = 0) -> torch.Tensor:
+    """One parameter inside a unit's or a segment's buffer, as a tensor with a storage of its own.
+
+    Savers recognise tied weights by their storage: views of one buffer would all look tied, so each view goes
+    through DLPack, which wraps the same memory in a new storage.
+    """
+    start = spec.byte_offset - byte_start
+    flat = buffer[start : start + spec.n_bytes].view(spec.dtype)
+    return torch.from_dlpack(flat.view(spec.shape))

@@ -1,0 +1,1 @@
+"""Drop-in trainers: the only room that imports transformers' Trainer, TRL and PEFT."""

@@ -1,0 +1,172 @@
+"""What a user may choose: ZO arguments mixed into transformers' and TRL's own.
+
+Does not: act on a choice. Everything that cannot work is refused here or in support.py, by name.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import TrainingArguments
+
+from zo2trl.errors import ConfigError
+from zo2trl.tiers.placement import parse_size
+from zo2trl.zo.noise import DIRECTIONS
+
+__all__ = ["ZOArguments", "ZOConfig", "convert_arguments"]
+
+_CHOICES = {
+    "direction": DIRECTIONS,
+    "rounding": ("nearest", "stochastic", None),
+    "granularity": ("auto", "block", "leaf"),
+}
+
+
+@dataclass
+class ZOArguments:
+    """
+    Arguments of forward-only (zeroth-order) training out of three tiers, common to all ZO trainers.
+
+    Parameters:
+        > Parameters that control where the weights live
+
+        device_memory (`str` or `int`, *optional*, defaults to `"auto"`):
+            Ceiling for weights, transfer ring and scratch on the execution device: a size (`"8GB"` is 8e9 bytes,
+            `"8GiB"` is 8 x 2^30, an integer is bytes), `"min"` for the least that works, or `"auto"` for 90 % of the
+            free GPU memory (half of the available RAM on a machine without a GPU).
+        cpu_memory (`str` or `int`, *optional*, defaults to `"auto"`):
+            Host memory for blocks that do not fit the device (pinned when there is a GPU): a size, `"0"`, or `"auto"`
+            for 70 % of the available RAM. What fits neither lives on disk.
+        store_dir (`str`, *optional*):
+            Folder of the step journal and of the blocks on disk. Defaults to `<output_dir>/store`.
+        granularity (`str`, *optional*, defaults to `"auto"`):
+            What is on the device at once: `"block"`, `"leaf"` (single linear layers and norms; needs less memory), or
+            `"auto"` for leaves only where blocks do not fit.
+        write_back_every (`str` or `int`, *optional*, defaults to `"auto"`):
+            Steps between two write-backs of a streamed block. Steps in between are replayed when the block is visited,
+            with the same result bit for bit.
+
+        > Parameters that control the gradient estimate
+
+        zo_eps (`float`, *optional*, defaults to `1e-3`):
+            Distance of the two probes from the weights.
+        num_directions (`int`, *optional*, defaults to `1`):
+            Random directions per step; their estimates are averaged. All of them share one visit of every block.
+        direction (`str`, *optional*, defaults to `"rademacher"`):
+            Distribution of the directions: `"rademacher"` (+1 or -1), `"gaussian"`, or `"mezo"` for the noise stream of
+            the MeZO reference implementation.
+        rounding (`str`, *optional*):
+            How updates are rounded to the storage dtype: `"nearest"` or `"stochastic"`. Defaults to `"stochastic"`
+            when trainable weights are stored in 16 bit, else `"nearest"`.
+
+        > Parameters of [`~transformers.TrainingArguments`] with other defaults
+
+        learning_rate (`float`, *optional*, defaults to `1e-6`):
+            A projected gradient is as large as the gradient's norm times its angle to a random direction, so learning
+            rates are much smaller than with backpropagation.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Learning rate schedule.
+        max_grad_norm (`float`, *optional*, defaults to `0.0`):
+            If positive, the projected gradient is clipped to this absolute value.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Has no effect: nothing is stored for a backward pass.
+    """
+
+    device_memory: str = field(
+        default="auto",
+        metadata={
+            "help": 'Ceiling for weights, ring and scratch on the device: a size such as "8GB", "auto" or "min".'
+        },
+    )
+    cpu_memory: str = field(
+        default="auto",
+        metadata={"help": 'Host memory for blocks that do not fit the device: a size such as "32GB", "0" or "auto".'},
+    )
+    store_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the step journal and of the blocks on disk. Defaults to <output_dir>/store."},
+    )
+    granularity: str = field(
+        default="auto", metadata={"help": 'What is on the device at once: "block", "leaf" or "auto".'}
+    )
+    write_back_every: str = field(
+        default="auto", metadata={"help": 'Steps between two write-backs of a streamed block, or "auto".'}
+    )
+    zo_eps: float = field(default=1e-3, metadata={"help": "Distance of the two probes from the weights."})
+    num_directions: int = field(default=1, metadata={"help": "Random directions per step, averaged."})
+    direction: str = field(
+        default="rademacher", metadata={"help": 'Distribution of the directions: "rademacher", "gaussian" or "mezo".'}
+    )
+    rounding: str | None = field(
+        default=None, metadata={"help": 'Rounding of updates: "nearest" or "stochastic" (default for 16-bit weights).'}
+    )
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "If positive, the projected gradient is clipped to this absolute value."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Has no effect: nothing is stored for a backward pass."}
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_numbers(self)
+        super().__post_init__()  # type: ignore[misc]
+        if self.store_dir is None:
+            self.store_dir = str(Path(self.output_dir) / "store")  # type: ignore[attr-defined]
+
+
+@dataclass
+class ZOConfig(ZOArguments, TrainingArguments):
+    __doc__ = (ZOArguments.__doc__ or "").replace(
+        "common to all ZO trainers.", "and all those of [`~transformers.TrainingArguments`], for [`ZOTrainer`]."
+    )
+
+
+_Config = TypeVar("_Config", bound=ZOArguments)
+
+
+def convert_arguments(args: TrainingArguments, to: type[_Config]) -> _Config:
+    """A plain `TrainingArguments` or `SFTConfig` with ZO defaults added; a ZO config is returned as it is.
+
+    A field whose upstream default ZO training overrides takes our default where it holds the upstream one. The object
+    is not rebuilt from `to_dict()`, which redacts every field that ends in `_token`.
+    """
+    if isinstance(args, to):
+        return args
+    upstream = {f.name: f.default for f in dataclasses.fields(args)}
+    converted = to.__new__(to)
+    converted.__dict__.update(args.__dict__)
+    for ours in dataclasses.fields(ZOArguments):
+        if ours.name not in upstream or args.__dict__.get(ours.name) == upstream[ours.name]:
+            converted.__dict__[ours.name] = ours.default
+    if hasattr(args, "activation_checkpointing"):
+        converted.__dict__["activation_checkpointing"] = False
+    if converted.store_dir is None:
+        converted.store_dir = str(Path(args.output_dir or ".") / "store")
+    return converted
+
+
+def _check_choices(args: ZOArguments) -> None:
+    for name, choices in _CHOICES.items():
+        value = getattr(args, name)
+        if value not in choices:
+            names = [choice for choice in choices if choice]
+            near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"`{name}` is {value!r}, but must be one of {names}. Did you mean {near!r}?")
+
+
+def _check_numbers(args: ZOArguments) -> None:
+    for name in ("device_memory", "cpu_memory"):
+        parse_size(getattr(args, name), argument=name)
+    if not (args.zo_eps > 0 and math.isfinite(args.zo_eps)):
+        raise ConfigError(f"`zo_eps` is {args.zo_eps}, but must be a positive number such as 1e-3.")
+    if args.num_directions < 1:
+        raise ConfigError(f"`num_directions` is {args.num_directions}, but a step needs at least 1.")
+    every: Any = args.write_back_every
+    if every != "auto" and not (str(every).isdecimal() and int(every) >= 1):
+        raise ConfigError(f'`write_back_every` is {every!r}, but must be a number of steps (at least 1) or "auto".')

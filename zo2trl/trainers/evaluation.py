@@ -1,0 +1,71 @@
+"""Several evaluation batches per march, inside the Trainer's own evaluation loop.
+
+The loop iterates over this object instead of the dataloader, and calls `take` where it would call `prediction_step`:
+when it asks for the first batch of a group, the whole group's prediction steps run in lockstep, so streamed blocks are
+fetched once for all of them.
+
+Invariant: the loop sees the same batches, in the same order, with the same end-of-dataloader flag as without us.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from zo2trl.engine.activations import passes_per_march
+
+__all__ = ["EvaluationMarch"]
+
+MAX_BATCHES_PER_MARCH = 16  # predictions of a whole group are held until the loop takes them
+
+
+class EvaluationMarch:
+    """Stands in for a dataloader; everything but iteration is the dataloader's."""
+
+    def __init__(self, trainer: Any, dataloader: Any, *, prediction_loss_only: bool, ignore_keys: Any) -> None:
+        self._trainer, self._dataloader = trainer, dataloader
+        self._loss_only, self._ignore_keys = prediction_loss_only, ignore_keys
+        self._ready: deque[tuple[Any, Any]] = deque()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataloader, name)
+
+    def __len__(self) -> int:
+        return len(self._dataloader)
+
+    def __iter__(self) -> Iterator[Any]:
+        state = self._trainer.accelerator.gradient_state
+        batches = iter(self._dataloader)
+        group: list[tuple[Any, bool]] = []
+        for inputs in batches:
+            group.append((inputs, state.end_of_dataloader))
+            if state.end_of_dataloader or len(group) >= self._group_size(group[0][0]):
+                yield from self._march(group)
+                group = []
+        yield from self._march(group)
+
+    def take(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """What `prediction_step` returned for a batch this object gave out."""
+        expected, outputs = self._ready.popleft()
+        assert expected is inputs, "the evaluation loop takes batches in the order it got them"
+        return outputs
+
+    def _march(self, group: list[tuple[Any, bool]]) -> Iterator[Any]:
+        if not group:
+            return
+        trainer = self._trainer
+        step = partial(type(trainer).prediction_step, trainer, trainer.model)
+        run = [partial(step, inputs, self._loss_only, ignore_keys=self._ignore_keys) for inputs, _ in group]
+        outputs = trainer.engine.run_clean(run)
+        self._ready.extend((inputs, output) for (inputs, _), output in zip(group, outputs, strict=True))
+        loader = trainer.accelerator.gradient_state.active_dataloader
+        for inputs, is_last in group:
+            if loader is not None:
+                loader.end_of_dataloader = is_last  # the loop drops a last batch's padding by this flag
+            yield inputs
+
+    def _group_size(self, inputs: Any) -> int:
+        store = self._trainer.engine.store
+        if not store.placement.n_slots:
+            return 1  # nothing is streamed: lockstep would only hold more predictions
+        return min(passes_per_march(store, self._trainer.model, inputs), MAX_BATCHES_PER_MARCH)

@@ -1,0 +1,301 @@
+"""ZOTrainerMixin: the few hooks that turn a transformers Trainer, or any subclass, into a forward-only one.
+
+Does not: contain arithmetic, a training loop or an evaluation loop. It hands closures to the engine and numbers to the
+Trainer.
+
+The Trainer keeps its own order of things: `training_step` collects micro-batches until gradients would sync, then
+estimates; `_clip_grad_norm` clips the scalar; the optimizer's `step` commits it to the journal.
+"""
+
+import logging
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import AutocastKwargs
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from zo2trl.engine.activations import passes_per_march
+from zo2trl.engine.discovery import settle_granularity
+from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
+from zo2trl.engine.precision import fp32_heads
+from zo2trl.engine.step import Engine
+from zo2trl.errors import ConfigError
+from zo2trl.tiers.ingest import load_mapped
+from zo2trl.tiers.machine import resolve_budgets
+from zo2trl.trainers.arguments import ZOArguments, convert_arguments
+from zo2trl.trainers.data_checks import check_dataset, check_labels
+from zo2trl.trainers.evaluation import EvaluationMarch
+from zo2trl.trainers.metrics import StepMetrics, count_tokens
+from zo2trl.trainers.optimizer import ZOOptimizer
+from zo2trl.trainers.scaling import LossScaling
+from zo2trl.trainers.support import check_arguments, check_optimizers
+
+__all__ = ["ZOTrainerMixin"]
+
+logger = logging.getLogger(__name__)
+
+_MEZO_NO_DECAY = ("bias", "layer_norm", "layernorm")
+
+
+class ZOTrainerMixin:
+    """Put it in front of a Trainer class: `class ZOTrainer(ZOTrainerMixin, Trainer)`."""
+
+    config_class: type[ZOArguments]
+    args: Any
+    model: Any
+
+    _engine: Engine | None = None
+    _casts: dict[nn.Parameter, torch.dtype]  # what the store still has to cast while it adopts a mapped checkpoint
+    _shutdown: Any = None
+
+    def __init__(self, model: Any = None, args: TrainingArguments | None = None, *positional: Any, **named: Any):
+        given = signature(super().__init__).bind_partial(model, args, *positional, **named).arguments
+        given |= given.pop("kwargs", {})
+        given["args"] = args = self._convert(args, model)
+        check_arguments(args)
+        check_optimizers(given)
+        check_dataset(given.get("train_dataset"), name="train_dataset")
+        args.__dict__["_n_gpu"] = min(args.n_gpu, 1)
+        self._casts = {}
+        self._micro_batches: list[tuple[Any, Any]] = []
+        self._first_step: int | None = None
+        self._step_metrics = StepMetrics()
+        self._scaling = LossScaling()
+        init_kwargs = getattr(args, "model_init_kwargs", None)
+        if isinstance(model, str):
+            given["model"] = self._load(model, given)
+            args.model_init_kwargs = None
+        super().__init__(**given)
+        args.model_init_kwargs = init_kwargs
+        check_dataset(self.train_dataset, name="train_dataset")
+        check_labels(self)
+        self._plan_first()
+
+    # -- the engine and its store
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the current model; made, and the model's weights moved into the store, on first use."""
+        if self._engine is None or self._engine.model is not self.model:
+            self.close()
+            self._engine_options = self._options()
+            self._engine = open_engine(self.model, self._engine_options)
+            fp32_heads(self.model)
+            for module in self.model.modules():
+                if isinstance(module, PreTrainedModel) or module is self.model:
+                    module.register_state_dict_pre_hook(partial(_flush, weakref.ref(self._engine)))
+                    module.register_load_state_dict_pre_hook(partial(_flush, weakref.ref(self._engine)))
+            self._shutdown = weakref.finalize(self, self._engine.shutdown)
+            self._shutdown.atexit = False  # worker threads have ended by then; the journal is already durable
+            logger.info(self._engine.store.summary())
+        return self._engine
+
+    def close(self) -> None:
+        """Give up the store: threads, folder lock and hooks. The model stays usable on the CPU; idempotent."""
+        if self._shutdown is not None:
+            self._shutdown()
+        self._engine = None
+
+    def _convert(self, args: TrainingArguments | None, model: Any) -> Any:
+        if args is None:
+            name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+            args = self.config_class(output_dir=f"{Path(name).name or 'model'}-ZO")  # type: ignore[call-arg]
+        return convert_arguments(args, self.config_class)  # type: ignore[return-value]
+
+    def _load(self, path: str, given: dict[str, Any]) -> nn.Module:
+        kwargs = dict(getattr(given["args"], "model_init_kwargs", None) or {})
+        kwargs.setdefault("trust_remote_code", getattr(given["args"], "trust_remote_code", False))
+        if given.pop("quantization_config", None) is not None:
+            kwargs["quantization_config"] = "given"
+        set_seed(given["args"].seed)  # a new head is drawn at random, here as in the trainers this one stands in for
+        mapped = load_mapped(path, **kwargs)
+        named = dict(mapped.model.named_parameters())
+        self._casts = {named[name]: dtype for name, dtype in mapped.casts().items()}
+        return mapped.model
+
+    def _plan_first(self) -> None:
+        """Refuse budgets that cannot work before anything is moved."""
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ConfigError("The model has no trainable parameter: set `requires_grad` on those that should move.")
+        plan_engine(self.model, self._options())
+
+    def _options(self) -> EngineOptions:
+        args = self.args
+        return EngineOptions(
+            budgets=resolve_budgets(
+                device_memory=args.device_memory, cpu_memory=args.cpu_memory, device=args.device
+            ),
+            device=args.device,
+            store_dir=Path(args.store_dir),
+            seed=args.seed,
+            zo_eps=args.zo_eps,
+            num_directions=args.num_directions,
+            direction=args.direction,
+            rounding=args.rounding,
+            write_back_every="auto" if args.write_back_every == "auto" else int(args.write_back_every),
+            granularity=args.granularity,
+            decay_names=self._decay_names(),
+            dtypes=self._storage_dtypes(),
+        )
+
+    def _decay_names(self) -> list[str]:
+        if self.args.direction != "mezo":
+            return self.get_decay_parameter_names(self.model)
+        names = [name for name, _ in self.model.named_parameters()]
+        return [name for name in names if not any(part in name for part in _MEZO_NO_DECAY)]
+
+    def _storage_dtypes(self) -> dict[str, torch.dtype]:
+        return {name: self._casts[p] for name, p in self.model.named_parameters() if p in self._casts}
+
+    # -- hooks of the Trainer: set-up
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """The store decides where parameters live."""
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """No DDP, no autocast wrapper, no `.to()`: accelerate leaves a model alone that says it is prepared."""
+        assert self.engine is not None
+        model._is_accelerate_prepared = True  # type: ignore[assignment]
+        return model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """An optimizer whose step commits the estimate; it holds parameter groups for schedulers and no state."""
+        self.accelerator.scaler = None  # nothing is scaled, and a scaler would wait for gradients
+        if self.optimizer is None:
+            self.optimizer = ZOOptimizer(self.model, self.args, decay_names=self._decay_names(), commit=self._commit)
+        return self.optimizer
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Autocast as the arguments ask, without its weight cache: one Parameter holds many probes' weights in turn."""
+        stack = super().compute_loss_context_manager()  # type: ignore[misc]
+        stack.enter_context(self.accelerator.autocast(autocast_handler=AutocastKwargs(cache_enabled=False)))
+        return stack
+
+    # -- hooks of the Trainer: a step
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`~transformers.Trainer.train`]. When it returns, the model's parameters show every finished step."""
+        self._micro_batches.clear()
+        self._first_step = None
+        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        self.engine.flush()
+        return output
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Collect micro-batches until gradients would sync, then estimate the slope from all of them in one march."""
+        self._micro_batches.append((self._prepare_inputs(inputs), num_items_in_batch))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._micro_batches = self._micro_batches, []
+        engine = self.engine
+        # The root says "training" to loss and metric code; everything below runs without dropout, as MeZO does.
+        model.eval()
+        model.training = True
+        self._before_first_step(model, batches)
+        started_s, moved = time.perf_counter(), engine.store.traffic.copy()
+        with self.probes_counted_once(len(engine.estimator.probes())):
+            estimate = engine.step(
+                [partial(self._loss, model, *batch) for batch in batches],
+                step=self._step_offset + self.state.global_step,
+                passes_per_march=passes_per_march(engine.store, model, batches[0][0]),
+            )
+        self._grads = estimate.projected_grads
+        self._step_metrics.add(
+            estimate, n_tokens=sum(count_tokens(batch) for batch, _ in batches),
+            seconds=time.perf_counter() - started_s, moved=engine.store.traffic - moved,
+        )  # fmt: skip
+        return torch.tensor(estimate.loss, device=self.args.device)
+
+    def _before_first_step(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> None:
+        if self._first_step is not None:
+            return
+        self._first_step = self.state.global_step
+        records = self.engine.store.journal.records
+        # A second call of `train()` counts steps from 0 again, but its directions and records must be new ones.
+        is_rerun = records and records[-1].step >= self._first_step
+        self._step_offset = records[-1].step + 1 - self._first_step if is_rerun else 0
+        with self.probes_counted_once(0):
+            settle_granularity(self.engine, partial(self._loss, model, *batches[0]), options=self._engine_options)
+            self._scaling.find_out(self, model, batches)
+
+    def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+        return loss.mean() / self._scaling.divisor(self, num_items_in_batch)
+
+    @contextmanager
+    def probes_counted_once(self, n_probes: int) -> Iterator[None]:
+        """Round a march in which every batch is seen by `n_probes` probes; trainers that count tokens correct them."""
+        yield
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        norm = self._get_grad_norm(model)
+        if norm > self.args.max_grad_norm > 0:
+            self._grads = tuple(g * self.args.max_grad_norm / norm for g in self._grads)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
+        return abs(sum(self._grads)) / len(self._grads) if grad_norm is None else grad_norm
+
+    def _commit(self, *, learning_rate: float) -> None:
+        self.engine.commit(
+            learning_rate=learning_rate, weight_decay=self.args.weight_decay, projected_grads=self._grads
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the `zo/*` means since the last log to training logs."""
+        if "loss" in logs:
+            logs.update(self._step_metrics.take())
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Two forwards (4 of the usual 6 units) per direction, and no backward."""
+        return super().floating_point_ops(inputs) * 2 * self.args.num_directions // 3  # type: ignore[misc]
+
+    # -- hooks of the Trainer: evaluation, saving, loading
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own loop over a dataloader that runs several batches' `prediction_step` in one march."""
+        given = signature(Trainer.evaluation_loop).bind(self, dataloader, *args, **kwargs).arguments
+        loss_only = given.get("prediction_loss_only")
+        batches = EvaluationMarch(
+            self, dataloader,
+            prediction_loss_only=self.args.prediction_loss_only if loss_only is None else loss_only,
+            ignore_keys=given.get("ignore_keys"),
+        )  # fmt: skip
+        self.prediction_step = batches.take  # what the loop calls for each batch it gets from `batches`
+        try:
+            return super().evaluation_loop(batches, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.prediction_step
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._reload(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        if not self._reload(self.state.best_model_checkpoint):
+            super()._load_best_model()  # type: ignore[misc]
+
+    def _reload(self, folder: str) -> bool:
+        """Bring a checkpoint's full weights into the store, unit by unit. False: the upstream way is the right one."""
+        if not isinstance(self.model, PreTrainedModel) or not any(Path(folder).glob("model*.safetensors")):
+            return False
+        mapped = load_mapped(folder, model_class=type(self.model))
+        values = dict(mapped.model.named_parameters(remove_duplicate=False))
+        self.engine.replace_weights(lambda spec: values[spec.name].detach().to(spec.dtype))
+        return True
+
+
+def _flush(engine: "weakref.ref[Engine]", *_: Any) -> None:
+    alive = engine()
+    if alive is not None:
+        alive.flush()

@@ -1,0 +1,49 @@
+"""ZOSFTTrainer: TRL's SFTTrainer, trained with forward passes only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from trl import SFTConfig, SFTTrainer
+
+from zo2trl.trainers.arguments import ZOArguments
+from zo2trl.trainers.mixin import ZOTrainerMixin
+
+__all__ = ["ZOSFTConfig", "ZOSFTTrainer"]
+
+
+@dataclass
+class ZOSFTConfig(ZOArguments, SFTConfig):
+    __doc__ = (ZOArguments.__doc__ or "").replace(
+        "common to all ZO trainers.", "and all those of [`~trl.SFTConfig`], for [`ZOSFTTrainer`]."
+    )
+
+
+class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] that trains with forward passes only, out of GPU memory, host memory and disk.
+
+    Takes the arguments of [`~trl.SFTTrainer`], with two differences:
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `str`):
+            A loaded model, or the path of a checkpoint, which is then read unit by unit in the checkpoint's own dtype
+            (unless `model_init_kwargs["dtype"]` says otherwise) and never held in memory.
+        args ([`ZOSFTConfig`] or [`~trl.SFTConfig`], *optional*):
+            A plain `SFTConfig` is converted with ZO defaults.
+    """
+
+    config_class = ZOSFTConfig
+
+    @contextmanager
+    def probes_counted_once(self, n_probes: int) -> Iterator[None]:
+        """TRL adds up the tokens of every call of `compute_loss`, and a step makes one per probe."""
+        before, metrics = self._total_train_tokens, {key: list(values) for key, values in self._metrics["train"].items()}
+        yield
+        if not n_probes:  # a look at the loss that is no training step
+            self._metrics["train"].clear()
+            self._metrics["train"].update(metrics)
+            self._total_train_tokens = before
+            return
+        self._total_train_tokens = before + (self._total_train_tokens - before) / n_probes
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]

@@ -1,0 +1,163 @@
+"""How directions and records change weights: perturbing into scratch, and replaying steps in place.
+
+Works on flat byte buffers, so that one call covers a whole unit. Does not know what a model, a tier or a file is.
+
+Invariant: every result depends only on (clean weights, record, tensor id, element index). Multiplications and additions
+are separate, correctly rounded operations (no fused multiply-add, no `alpha=`), so CPU and GPU give the same bits, and
+so does any chunking.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from zo2trl.zo.noise import TILE, Noise, TileMap, derive_seed, rounding_bits
+from zo2trl.zo.records import Record, StepRecord
+
+__all__ = ["Rounding", "Span", "UpdateRule", "direction_seed"]
+
+Rounding = Literal["nearest", "stochastic"]
+
+_CPU_CHUNK_TILES = 256  # 4 MiB of fp32: noise, weights and result stay in the last-level cache
+_CPU_FILL_TILES = 64  # what one thread draws at a time
+_CUDA_CHUNK_TILES = 2048  # 32 MiB of fp32 temporaries, enough to fill any GPU
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A run of whole tiles in a byte buffer: trainable tensors of one dtype that share one decay flag.
+
+    `byte_start` counts from the start of the buffer that the calls below are given.
+    """
+
+    dtype: torch.dtype
+    byte_start: int
+    tiles: TileMap
+    decays: bool
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The span's elements, flat, in its dtype; `buffer` is uint8."""
+        n_bytes = len(self.tiles) * TILE * self.dtype.itemsize
+        return buffer[self.byte_start : self.byte_start + n_bytes].view(self.dtype)
+
+
+def direction_seed(step_seed: int, direction: int) -> int:
+    """The seed that names one direction of a step; the first direction carries the step's own seed."""
+    return step_seed if direction == 0 else derive_seed(step_seed, direction, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateRule:
+    """SGD on projected gradients: w <- w - lr (mean_d g_d z_d + weight_decay w).
+
+    The sum runs in fp32 in direction order and is rounded to the storage dtype once per step: to nearest, or
+    stochastically with bits from the noise generator's own domain, so that updates far below an ulp of a 16-bit weight
+    still count on average and replay stays exact.
+    """
+
+    noise: Noise
+    rounding: Rounding
+
+    @property
+    def identity(self) -> str:
+        """Name of the arithmetic, part of the journal's header."""
+        return f"sgd-1/{self.rounding}"
+
+    def perturb(
+        self, clean: torch.Tensor, into: torch.Tensor, spans: Sequence[Span], *, seed: int, coefficient: float
+    ) -> None:
+        """Write clean + coefficient * z(seed) of every span into the scratch buffer; `clean` is only read.
+
+        Both buffers are uint8 on one device. Bytes outside the spans (frozen tensors) are not written.
+        """
+        for span in spans:
+            source, target = span.view(clean), span.view(into)
+            for tiles, run in _chunks(span.tiles, clean.device):
+                step = self._draw(seed, tiles, clean.device).mul_(coefficient)
+                torch.add(source[run], step, out=step)
+                target[run].copy_(step)
+
+    def replay(self, weights: torch.Tensor, spans: Sequence[Span], records: Sequence[Record]) -> None:
+        """Bring clean weights forward over `records`, in place, rounding after each step (so lazy equals eager)."""
+        steps = [record for record in records if isinstance(record, StepRecord)]
+        for span in spans:
+            flat = span.view(weights)
+            for tiles, run in _chunks(span.tiles, weights.device):
+                for record in steps:
+                    self._step(flat[run], tiles, record, decays=span.decays)
+
+    def _step(self, weights: torch.Tensor, tiles: TileMap, record: StepRecord, *, decays: bool) -> None:
+        grads = record.projected_grads
+        total: torch.Tensor | None = None
+        for direction, grad in enumerate(grads):
+            z = self._draw(direction_seed(record.seed, direction), tiles, weights.device).mul_(grad / len(grads))
+            total = z if total is None else total.add_(z)
+        assert total is not None
+        exact = weights.float()
+        if decays and record.weight_decay != 0.0:
+            total.add_(exact * record.weight_decay)
+        exact = torch.sub(exact, total.mul_(record.learning_rate), out=total)
+        if weights.dtype == torch.float32 or self.rounding == "nearest":
+            weights.copy_(exact)
+        else:
+            weights.copy_(_round_stochastically(exact, weights.dtype, record.seed, tiles))
+
+    def _draw(self, seed: int, tiles: TileMap, device: torch.device) -> torch.Tensor:
+        z = torch.empty(len(tiles) * TILE, dtype=torch.float32, device=device)
+        if device.type != "cpu":
+            self.noise.fill(z, seed, tiles)
+        else:
+            _in_threads(lambda part, run: self.noise.fill(z[run], seed, part), tiles)
+        return z
+
+
+def _chunks(tiles: TileMap, device: torch.device) -> Iterator[tuple[TileMap, slice]]:
+    step = _CPU_CHUNK_TILES if device.type == "cpu" else _CUDA_CHUNK_TILES
+    return _cut(tiles, step)
+
+
+def _cut(tiles: TileMap, step: int) -> Iterator[tuple[TileMap, slice]]:
+    for start in range(0, len(tiles), step):
+        stop = min(start + step, len(tiles))
+        yield tiles.slice(start, stop), slice(start * TILE, stop * TILE)
+
+
+@cache
+def _drawing_threads(n_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_threads, thread_name_prefix="zo2trl-noise")
+
+
+def _in_threads(fill, tiles: TileMap) -> None:
+    # numpy draws on one core and releases the GIL; torch's own operations around it are already parallel.
+    n_threads = torch.get_num_threads()
+    if n_threads == 1 or len(tiles) <= _CPU_FILL_TILES:
+        for part, run in _cut(tiles, _CPU_FILL_TILES):
+            fill(part, run)
+        return
+    pool = _drawing_threads(n_threads)
+    for job in [pool.submit(fill, part, run) for part, run in _cut(tiles, _CPU_FILL_TILES)]:
+        job.result()
+
+
+def _round_stochastically(exact: torch.Tensor, dtype: torch.dtype, seed: int, tiles: TileMap) -> torch.Tensor:
+    """fp32 -> a neighbour on the 16-bit grid, the nearer one more often; values already on the grid stay."""
+    bits = torch.empty(exact.shape, dtype=torch.int32, device=exact.device)
+    rounding_bits(bits, seed, tiles)
+    if dtype == torch.bfloat16:
+        # Adding 0..65535 below the kept half of the word carries into it with the right probability, for either sign.
+        return bits.add_(exact.view(torch.int32)).bitwise_and_(-65536).view(torch.float32).to(dtype)
+    return _round_to_half(exact, bits)
+
+
+def _round_to_half(exact: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    chance = bits.float().mul_(2.0**-16)
+    normal = bits.bitwise_right_shift_(3).add_(exact.view(torch.int32)).bitwise_and_(-8192).view(torch.float32)
+    # Below 2^-14 fp16 is a fixed-point grid of 2^-24; every operation here is exact.
+    scaled = exact * 2.0**24
+    floor = scaled.floor()
+    subnormal = (floor + (scaled - floor > chance)).mul_(2.0**-24)
+    return torch.where(exact.abs() < 2.0**-14, subnormal, normal).clamp_(-65504.0, 65504.0).to(torch.float16)
