@@ -22,6 +22,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedT
 GOOD, BAD = "good", "bad"
 CUE = "verdict :"
 EVAL_BATCH = 128
+# OPT's 0.02 is meant for widths in the thousands; at width 96 some seeds then take very long to see any sentiment.
 INIT_STD = 0.05
 
 PRAISE = "brilliant charming delightful fresh gripping lovely moving superb touching wonderful".split()
@@ -43,7 +44,7 @@ TEMPLATES = (
 )
 
 # How often pretraining says "good" after praise and after blame: always more often than "bad", hence the 50 %.
-GOOD_AFTER_PRAISE, GOOD_AFTER_BLAME = 0.85, 0.60
+GOOD_AFTER_PRAISE, GOOD_AFTER_BLAME = 0.90, 0.60
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -147,14 +148,20 @@ def as_dataset(reviews: list[Review]) -> Dataset:
     )
 
 
+def as_exam(reviews: list[Review], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The same, tokenized, with the verdict as the only token that counts: token accuracy is then `accuracy`."""
+    rows = [tokenizer(f"{review.prompt} {review.verdict}")["input_ids"] for review in reviews]
+    return Dataset.from_dict({"input_ids": rows, "labels": [[-100] * (len(row) - 1) + row[-1:] for row in rows]})
+
+
 def pretrain(
     model: OPTForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     reviews: list[Review],
     *,
     seed: int,
-    num_steps: int = 400,
-    batch_size: int = 64,
+    num_steps: int = 350,
+    batch_size: int = 32,
     learning_rate: float = 2e-3,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:

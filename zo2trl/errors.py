@@ -3,10 +3,10 @@
 ::
 
     ZO2TRLError
-    ├── ConfigError (also ValueError)      an argument cannot work; the message names it, the numbers and the way out
+    ├── ConfigError (also ValueError)      an argument cannot work; the message names it and the way out
     │   ├── BudgetError                    byte budgets cannot hold what a step needs at once
-    │   └── UnsupportedError               a feature forward-only training cannot honour (DeepSpeed, full-eval casts, ...)
-    ├── CheckpointError                    a model folder that cannot be read (pickled weights, paths outside the folder, ...)
+    │   └── UnsupportedError               a feature forward-only training cannot honour (DeepSpeed, ...)
+    ├── CheckpointError                    a model folder that cannot be read (pickled weights, stray paths, ...)
     ├── StoreError                         something is wrong with a parameter store on disk
     │   ├── StoreForeign                   the folder holds something that is not this model's store
     │   ├── StoreLocked                    another process owns the store

@@ -1,3 +1,5 @@
+import ctypes
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -118,7 +120,8 @@ def assert_same(ours: PreTrainedModel, plain: PreTrainedModel) -> None:
             assert torch.equal(got[name], want[name]), name
             assert got[name].requires_grad == want[name].requires_grad
     assert ties(ours) == ties(plain)
-    assert ours.config.to_dict() == plain.config.to_dict()
+    same_path = {"_name_or_path": None}
+    assert ours.config.to_dict() | same_path == plain.config.to_dict() | same_path
     assert ours.training == plain.training
     same_losses(ours, plain)
 
@@ -130,7 +133,9 @@ def same_losses(ours: PreTrainedModel, plain: PreTrainedModel) -> None:
 
 
 def own_bytes() -> int:
-    """Anonymous memory of this process."""
+    """Anonymous memory of this process, without what the allocator keeps of freed tensors."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     rollup = Path("/proc/self/smaps_rollup").read_text()
     return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Anonymous:")) * 1024
 
@@ -231,10 +236,8 @@ def test_loading_takes_no_memory_for_the_blocks(tmp_path: Path, name: str, dtype
     loaded(saved(tmp_path / "warm-up", MODELS[name]))
     before = own_bytes()
     mapped = loaded(folder, dtype=dtype)
-    n_bytes = sum(parameter.nbytes for parameter in mapped.model.parameters())
-    assert n_bytes > 20e6
-    # A cast goes through memory tensor by tensor, and the allocator may keep the last one.
-    assert own_bytes() - before < (2e6 if dtype == "auto" else 8e6)
+    assert sum(parameter.nbytes for parameter in mapped.model.parameters()) > 20e6
+    assert own_bytes() - before < 2e6
 
 
 def test_writing_into_a_mapped_parameter_leaves_the_checkpoint_alone(tmp_path: Path) -> None:

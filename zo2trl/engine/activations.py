@@ -1,7 +1,7 @@
 """How many passes may be alive at once: what suspended passes hold in memory, bounded by shapes.
 
-Does not: measure. A suspended pass holds its hidden states, masks and position embeddings; the block that runs holds its
-own intermediates, but only one pass runs at a time.
+Does not: measure. A suspended pass holds its hidden states, masks and position embeddings; the block that runs holds
+its own intermediates, but only one pass runs at a time.
 """
 
 from collections.abc import Mapping
@@ -31,6 +31,6 @@ def _tokens(inputs: Mapping[str, Any]) -> int:
 
 
 def _hidden_size(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or 4096

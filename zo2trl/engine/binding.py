@@ -3,8 +3,8 @@
 Does not: fetch, perturb or decide anything.
 
 Three states of a parameter: at rest (a view of its home, so that `state_dict`, savers and users just work), poisoned
-(NaN everywhere, during a march, while nobody may read it), and bound (leased or perturbed bytes). Only `Parameter.data`
-is swapped: the Parameter objects stay, and with them ties, optimizer groups and PEFT's references.
+(NaN everywhere, during a march, while nobody may read it), and bound (leased or perturbed bytes). Only
+`Parameter.data` is swapped: the Parameter objects stay, and with them ties, optimizer groups and PEFT's references.
 
 Invariant: outside a march every parameter is at rest.
 """
@@ -23,8 +23,9 @@ from zo2trl.tiers.tier import tensor_view
 __all__ = ["Around", "Binding", "Forward"]
 
 Forward = Callable[..., Any]
-Around = Callable[[VisitPoint, Forward, tuple, dict], Any]
-"""Gets a visit point, the module's own forward and its arguments; returns what the forward returns."""
+Arguments = tuple[tuple, dict]
+Around = Callable[[VisitPoint, Forward, Arguments], Any]
+"""Gets a visit point, the module's own forward and its (args, kwargs); returns what the forward returns."""
 
 
 class Binding:
@@ -105,7 +106,7 @@ class Binding:
         for point in self.layout.points[1:]:
             self._wrap(modules[point.module_name], partial(around, point))
         for name in self.layout.stack_ends:
-            self._wrap(modules[name], partial(_then, after_stack))
+            self._wrap(modules[name], _followed_by(after_stack))
 
     def unhook(self) -> None:
         """Give the modules their own forward back; idempotent."""
@@ -116,11 +117,11 @@ class Binding:
             else:
                 module.forward = before
 
-    def _wrap(self, module: nn.Module, around: Callable[[Forward, tuple, dict], Any]) -> None:
+    def _wrap(self, module: nn.Module, around: Callable[[Forward, Arguments], Any]) -> None:
         inner, before = module.forward, module.__dict__.get("forward")
 
-        def forward(*args, **kwargs):
-            return around(inner, args, kwargs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return around(inner, (args, kwargs))
 
         module.forward = forward
         self._hooked.append((module, before))
@@ -161,7 +162,10 @@ def _carve(buffer: torch.Tensor, spec: TensorSpec, byte_start: int) -> torch.Ten
     return buffer[start : start + spec.n_bytes].view(spec.dtype).view(spec.shape)
 
 
-def _then(after: Callable[[], None], inner: Forward, args: tuple, kwargs: dict) -> Any:
-    output = inner(*args, **kwargs)
-    after()
-    return output
+def _followed_by(after: Callable[[], None]) -> Callable[[Forward, Arguments], Any]:
+    def around(inner: Forward, arguments: Arguments) -> Any:
+        output = inner(*arguments[0], **arguments[1])
+        after()
+        return output
+
+    return around

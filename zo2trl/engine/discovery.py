@@ -1,8 +1,8 @@
 """Which blocks may be visited leaf by leaf: found out once, by comparing losses, before the first step.
 
 A leaf hook is wrong without a sound where a parent module reads a child's weights without calling it, or where a leaf
-runs twice. Parameters that are not leased are NaN during a march, so the first case shows in the loss; the second shows
-in the list of visits; and where whole blocks fit the budgets as well, the losses must agree to the last bit.
+runs twice. Parameters that are not leased are NaN during a march, so the first case shows in the loss; the second
+shows in the list of visits; and where whole blocks fit the budgets as well, the losses must agree to the last bit.
 
 Blocks of one class with the same leaves are judged together.
 """
@@ -39,7 +39,7 @@ def settle_granularity(engine: Engine, loss: Callable[[], torch.Tensor], *, opti
     leafy = engine.store.layout.leaf_blocks
     if not leafy or engine.store.journal.records:
         return
-    run = partial(_loss_with_leaves, engine, loss, options)
+    run = partial(_loss_with_leaves, engine, loss, options=options)
     groups = _groups(engine.store.layout, engine)
     by_block = run(frozenset())
     good: set[str] = set()
@@ -55,13 +55,15 @@ def settle_granularity(engine: Engine, loss: Callable[[], torch.Tensor], *, opti
             good |= group
     if good != leafy:
         whole = sorted(leafy - good)
-        logger.warning("%d blocks (%s ...) are visited whole: their leaves cannot be visited alone.", len(whole), whole[0])
+        logger.warning(
+            "%d blocks (%s ...) are visited whole: no leaf of them can be visited alone.", len(whole), whole[0]
+        )
     plan = plan_engine(engine.model, options, leaf_blocks=good)
     engine.regranulate(plan.layout, plan.placement)
 
 
 def _loss_with_leaves(
-    engine: Engine, loss: Callable[[], torch.Tensor], options: EngineOptions, leaf_blocks: frozenset[str]
+    engine: Engine, loss: Callable[[], torch.Tensor], leaf_blocks: frozenset[str], *, options: EngineOptions
 ) -> float | None:
     """The loss at clean weights with these blocks visited by leaf and the others whole; None if that does not fit."""
     try:

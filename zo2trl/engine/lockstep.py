@@ -3,8 +3,8 @@
 Does not: lease, perturb or bind anything; `serve` does, once for all passes that wait at the same point.
 
 A pass runs in a greenlet. Thread-local state of torch (grad mode, autocast, function modes) would leak from one pass
-into the next at a hand-over, so each pass carries its own. Autocast's weight cache is emptied at every hand-over: it is
-keyed by Parameter, and the next pass sees other values in the same Parameter.
+into the next at a hand-over, so each pass carries its own. Autocast's weight cache is emptied at every hand-over: it
+is keyed by Parameter, and the next pass sees other values in the same Parameter.
 
 Invariant: when `march` returns or raises, no pass is suspended and the caller's modes are what they were.
 """

@@ -3,12 +3,14 @@
 Does not: run a step. Everything that can be refused is refused here, before a byte is moved.
 """
 
+import logging
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ from zo2trl.zo.noise import Noise, derive_seed, make_noise
 from zo2trl.zo.rules import Rounding, UpdateRule
 
 __all__ = ["EngineOptions", "Plan", "open_engine", "plan_engine"]
+
+logger = logging.getLogger(__name__)
 
 Granularity = Literal["auto", "block", "leaf"]
 
@@ -113,17 +117,31 @@ def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None =
     noise, seeds = _make_noise(plan.layout, options)
     rule = UpdateRule(noise=noise, rounding=options.rounding or _default_rounding(plan.layout))
     digest = plan.layout.digest()
+    _close_earlier_engine(options.store_dir)
     folder = StoreFolder(options.store_dir, layout_digest=digest, fs=fs)
     _check_disk_space(plan, folder, fs)
     journal = Journal.create(folder.journal, header=_header(digest, rule, options), fs=fs)
     store = TieredStore(
         plan.layout, plan.placement, journal=journal, rule=rule, device=options.device,
-        tiers=_make_tiers(plan, folder, options.device, fs), write_back_every=_intervals(plan.layout, options),
-        on_close=folder.close,
+        tiers=_make_tiers(plan, folder, device=options.device, fs=fs), write_back_every=_intervals(plan.layout,
+        options), on_close=folder.close,
     )  # fmt: skip
     _adopt(model, store)
     estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
-    return Engine(model, store, estimator=estimator, seeds=seeds)
+    engine = Engine(model, store, estimator=estimator, seeds=seeds)
+    _open_engines[options.store_dir.resolve()] = engine
+    return engine
+
+
+_open_engines: WeakValueDictionary[Path, Engine] = WeakValueDictionary()
+
+
+def _close_earlier_engine(store_dir: Path) -> None:
+    # A notebook cell that makes a trainer is run again: the first trainer is still alive somewhere in the session.
+    earlier = _open_engines.pop(store_dir.resolve(), None)
+    if earlier is not None and earlier.store.is_open:
+        logger.warning("The engine opened earlier on %s in this process is closed to open a new one.", store_dir)
+        earlier.shutdown()
 
 
 def _adopt(model: nn.Module, store: TieredStore) -> None:
@@ -135,7 +153,7 @@ def _adopt(model: nn.Module, store: TieredStore) -> None:
                 module._buffers[name] = buffer.to(store.device)
 
 
-def _make_noise(layout: Layout, options: EngineOptions):
+def _make_noise(layout: Layout, options: EngineOptions) -> tuple[Noise, Callable[[int], int]]:
     if options.direction == "mezo":
         tensors = [(tensor.tensor_id, tensor.numel) for tensor in layout.trainable_tensors()]
         return MezoNoise(tensors), MezoSeeds(options.seed)
@@ -153,13 +171,13 @@ def _intervals(layout: Layout, options: EngineOptions) -> dict[TierName, int]:
     tiers: Sequence[TierName] = ("cpu", "disk")
     if options.write_back_every != "auto":
         if options.write_back_every < 1:
-            raise ConfigError(f"`write_back_every` must be at least 1 step or \"auto\", got {options.write_back_every}.")
+            raise ConfigError(f'`write_back_every` must be at least 1 step or "auto", got {options.write_back_every}.')
         return dict.fromkeys(tiers, options.write_back_every)
     kind = options.device.type
     return {tier: write_back_interval(tier=tier, device_type=kind, itemsize=itemsize) for tier in tiers}
 
 
-def _make_tiers(plan: Plan, folder: StoreFolder, device: torch.device, fs: FS) -> dict[TierName, Tier]:
+def _make_tiers(plan: Plan, folder: StoreFolder, *, device: torch.device, fs: FS) -> dict[TierName, Tier]:
     in_cpu = [plan.layout.units[index] for index in plan.placement.units_in("cpu")]
     return {
         "gpu": DeviceTier(device),
@@ -175,7 +193,8 @@ def _check_disk_space(plan: Plan, folder: StoreFolder, fs: FS) -> None:
     if needed > free:
         folder.close()
         raise BudgetError(
-            f"`store_dir` {folder.path} must hold {needed:,} bytes on disk, {free:,} are free. Free some space, choose "
+            f"`store_dir` {folder.path} must hold {needed:,} bytes on disk, {free:,} are free. Free some space, "
+            "choose "
             "another `store_dir`, or raise `cpu_memory` or `device_memory` so that fewer units live on disk."
         )
 

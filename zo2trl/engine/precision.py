@@ -22,7 +22,8 @@ def fp32_heads(model: nn.Module) -> None:
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:
     """Children beside the base model, and the output embedding where the model is its own base."""
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         prefix = getattr(module, "base_model_prefix", None)
         if prefix is None or not hasattr(module, "get_output_embeddings"):
             continue

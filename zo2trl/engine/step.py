@@ -84,7 +84,9 @@ class Engine:
         group = max(passes_per_march // len(probes), 1)
         values: list[torch.Tensor] = []
         for start in range(0, len(losses), group):
-            values += self._march([(run, probe) for run in losses[start : start + group] for probe in probes], seed=seed)
+            values += self._march(
+                [(run, probe) for run in losses[start : start + group] for probe in probes], seed=seed
+            )
         estimate = self.estimator.combine(_sum_per_probe(values, len(probes)))
         self._pending = _Pending(step, seed, estimate)
         return estimate
@@ -173,14 +175,14 @@ class Engine:
         self.visited.append(index)
         with self.store.lease(point) as clean:
             for probe in dict.fromkeys(p.probe for p in waiting):
-                self.binding.bind(point, clean, perturbed=self._perturbed(point, clean, probe, seed))
+                self.binding.bind(point, clean, perturbed=self._perturbed(point, clean, probe, seed=seed))
                 for one in waiting:
                     if one.probe == probe:
                         one.resume()
             self.binding.poison(point)
 
     def _perturbed(
-        self, point: VisitPoint, clean: Sequence[torch.Tensor], probe: Probe, seed: int
+        self, point: VisitPoint, clean: Sequence[torch.Tensor], probe: Probe, *, seed: int
     ) -> list[torch.Tensor | None]:
         if probe.coefficient == 0.0:
             return [None] * len(clean)
@@ -208,7 +210,8 @@ class Engine:
 
     # -- hooks in the model
 
-    def _around(self, point: VisitPoint, forward: Forward, args: tuple, kwargs: dict) -> Any:
+    def _around(self, point: VisitPoint, forward: Forward, arguments: tuple[tuple, dict]) -> Any:
+        args, kwargs = arguments
         running = current_pass()
         if running is not None:
             running.wait_for(point.index)
@@ -236,7 +239,8 @@ class Engine:
         if self._n_skips >= MAX_SKIPS_IN_A_ROW:
             raise TrainingDiverged(
                 f"The loss was not finite in {self._n_skips} steps in a row (at step {pending.step}: plus "
-                f"{estimate.loss_plus}, minus {estimate.loss_minus}). No weights were changed by these steps. Look at the "
+                f"{estimate.loss_plus}, minus {estimate.loss_minus}). No weights were changed by these steps. "
+                "Look at the "
                 "batches of these steps, lower `learning_rate` or `zo_eps`, or load the model in bfloat16 or float32."
             )
 
@@ -245,8 +249,10 @@ def _sum_per_probe(values: Sequence[torch.Tensor], n_probes: int) -> list[float]
     for value in values:
         if value.dtype in (torch.float16, torch.bfloat16):
             raise LossPrecisionError(
-                f"The loss is a {value.dtype} number. At loss 0.5 and eps 1e-3 that quantises the projected gradient in "
-                "steps of 0.24 (float16) or 1.95 (bfloat16). Return the loss in float32: compute it from `logits.float()`."
+                f"The loss is a {value.dtype} number. At loss 0.5 and eps 1e-3 that quantises the projected "
+                "gradient in "
+                "steps of 0.24 (float16) or 1.95 (bfloat16). Return the loss in float32: compute it from "
+                "`logits.float()`."
             )
     numbers = torch.stack([value.detach().double().reshape(()) for value in values]).tolist()
     return [_sum(numbers[probe::n_probes]) for probe in range(n_probes)]

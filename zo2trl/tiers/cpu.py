@@ -6,6 +6,7 @@ Invariant: a unit keeps its place in the arena for the life of the tier.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ __all__ = ["HostTier", "pin", "unpin"]
 
 def pin(buffer: torch.Tensor) -> None:
     """Register host memory with CUDA, so that copies run asynchronously and at line rate."""
-    code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+    code = _cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
     if int(code) != 0:
         raise StoreError(
             f"CUDA could not pin {buffer.numel():,} bytes of host memory (error {int(code)}). Lower `cpu_memory`, or "
@@ -28,7 +29,11 @@ def pin(buffer: torch.Tensor) -> None:
 
 def unpin(buffer: torch.Tensor) -> None:
     """Undo `pin`."""
-    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+    _cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
 
 
 class HostTier:

@@ -119,5 +119,5 @@ class DiskTier:
         return self._folder / f"{unit.name}@{version}"
 
 
-def _host_bytes(data: torch.Tensor) -> np.ndarray:
-    return data.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+def _host_bytes(data: torch.Tensor) -> memoryview:
+    return data.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

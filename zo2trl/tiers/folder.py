@@ -73,7 +73,8 @@ class StoreFolder:
             return
         if _DESCRIPTION not in names:
             raise StoreForeign(
-                f"`store_dir` {self.path} is not empty and holds no store ({names[0]!r}, {len(names)} entries). Nothing was "
+                f"`store_dir` {self.path} is not empty and holds no store ({names[0]!r}, {len(names)} entries). "
+                "Nothing was "
                 "changed. Choose an empty or new folder."
             )
         text = self._fs.read_text(self.path / _DESCRIPTION, max_bytes=_MAX_DESCRIPTION_BYTES)
@@ -88,7 +89,8 @@ class StoreFolder:
         if known != (FORMAT, layout_digest):
             raise StoreForeign(
                 f"`store_dir` {self.path} holds the store of another model or of other trainable parameters (format "
-                f"{known[0]}, layout {str(known[1])[:12]}; this run: format {FORMAT}, layout {layout_digest[:12]}). Nothing "
+                f"{known[0]}, layout {str(known[1])[:12]}; this run: format {FORMAT}, layout "
+                f"{layout_digest[:12]}). Nothing "
                 "was changed. Choose another `store_dir`, or delete that folder if its run is no longer needed."
             )
 

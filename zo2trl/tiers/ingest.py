@@ -46,10 +46,9 @@ _DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
 _STORE_PLACES = "the parameter store decides where parameters live"
 _NOT_YET = "adapters on quantised bases come with a later release"
 _PLACING = ("max_memory", "tp_plan", "tp_size", "device_mesh", "distributed_config", "offload_buffers")
-_QUANTISING = ("quantization_config", "load_in_4bit", "load_in_8bit")
 _REFUSED = {
     **dict.fromkeys(_PLACING, _STORE_PLACES),
-    **dict.fromkeys(_QUANTISING, _NOT_YET),
+    **dict.fromkeys(("quantization_config", "load_in_4bit", "load_in_8bit"), _NOT_YET),
     "disable_mmap": "weights are mapped, never read into memory as a whole",
     "gguf_file": "GGUF weights are quantised; load the original safetensors checkpoint",
     "state_dict": "weights come from the checkpoint's files",
@@ -316,26 +315,23 @@ def _read_headers(files: Iterable[Path]) -> dict[str, tuple[torch.dtype | None, 
 def _dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
     """Parameter name -> dtype after loading as `dtype`: transformers keeps some parameters in float32."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
-    if not patterns:
-        return lambda name: dtype
-    kept = re.compile("|".join(patterns))
+    kept = re.compile("|".join(patterns) or "(?!)")
     return lambda name: torch.float32 if kept.search(name) else dtype
 
 
 def _make_room(source: str, folder: Path | None, n_bytes: int) -> None:
-    if folder is None:
-        if not n_bytes:
-            return
+    if folder is None and n_bytes:
         raise ConfigError(
             f"{source} keeps experts one by one while the model fuses them, so {format_bytes(n_bytes)} have to be "
             "written once. Pass `offload_folder=` on a disk with that much room."
         )
-    LOCAL.make_dir(folder)
-    if (free := LOCAL.free_bytes(folder)) < n_bytes:
-        raise ConfigError(
-            f"`offload_folder` {folder} has {format_bytes(free)} free; fusing the experts of {source} takes "
-            f"{format_bytes(n_bytes)}. Free some space or choose another disk."
-        )
+    if folder is not None:
+        LOCAL.make_dir(folder)
+        if (free := LOCAL.free_bytes(folder)) < n_bytes:
+            raise ConfigError(
+                f"`offload_folder` {folder} has {format_bytes(free)} free; fusing the experts of {source} takes "
+                f"{format_bytes(n_bytes)}. Free some space or choose another disk."
+            )
 
 
 def _blocks_on_disk(skeleton: nn.Module, blocks: set[str]) -> dict[str, str]:

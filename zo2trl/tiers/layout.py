@@ -8,9 +8,9 @@ Invariant: pure data. Every parameter is in exactly one unit, tied ones once; a 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -145,9 +145,9 @@ def find_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return stacks or _stacks_where(model, lambda child: type(child).__name__ in names)
 
 
-def _stacks_where(model: nn.Module, is_block) -> list[tuple[str, nn.ModuleList]]:
+def _stacks_where(model: nn.Module, is_block: Callable[[nn.Module], bool]) -> list[tuple[str, nn.ModuleList]]:
     found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
+    for name, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
         if isinstance(module, nn.ModuleList) and len(module) and all(map(is_block, module)) and not inside:
             found.append((name, module))
@@ -174,7 +174,7 @@ def plan_layout(
     leafy = frozenset(name for name, _ in blocks if leaf_blocks == "all" or name in leaf_blocks)
     specs = _Specs(model, set(decay_names), dtypes or {})
     owners = Counter(id(p) for _, block in blocks for p in set(block.parameters()))
-    in_blocks = {key for key, count in owners.items()}
+    in_blocks = set(owners)
     outside = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not _within(name, blocks)}
     shared = {key for key in in_blocks if owners[key] > 1 or key in outside}
 
@@ -216,34 +216,36 @@ def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Specs:
-    """Names, ids and flags of a model's parameters, tied ones once, keyed by the identity of the Parameter."""
+    """A model's parameters, tied ones once, keyed by the identity of the Parameter; offsets are filled in by `at`."""
+
+    _of: dict[int, TensorSpec]
 
     def __init__(self, model: nn.Module, decay: set[str], dtypes: Mapping[str, torch.dtype]) -> None:
-        self._of: dict[int, dict] = {}
-        for tensor_id, (name, p) in enumerate(model.named_parameters()):
-            self._of[id(p)] = {
-                "name": name, "tensor_id": tensor_id, "shape": tuple(p.shape),
-                "dtype": dtypes.get(name, p.dtype),
-                "trainable": p.requires_grad, "decays": name in decay,
-            }  # fmt: skip
+        self._of = {
+            id(p): TensorSpec(
+                name=name, tensor_id=tensor_id, shape=tuple(p.shape), dtype=dtypes.get(name, p.dtype), byte_offset=0,
+                trainable=p.requires_grad, decays=name in decay,
+            )
+            for tensor_id, (name, p) in enumerate(model.named_parameters())
+        }  # fmt: skip
         self.order = list(self._of)
-        self._names = {row["name"]: key for key, row in self._of.items()}
+        self._keys = {spec.name: key for key, spec in self._of.items()}
 
     def order_of(self, module: nn.Module) -> list[int]:
         held = {id(p) for p in module.parameters()}
         return [key for key in self.order if key in held]
 
     def key(self, spec: TensorSpec) -> int:
-        return self._names[spec.name]
+        return self._keys[spec.name]
 
     def is_trainable(self, key: int) -> bool:
-        return self._of[key]["trainable"]
+        return self._of[key].trainable
 
     def n_bytes(self, key: int) -> int:
-        return self.at(key, 0).n_padded_bytes
+        return self._of[key].n_padded_bytes
 
     def at(self, key: int, byte_offset: int) -> TensorSpec:
-        return TensorSpec(**self._of[key], byte_offset=byte_offset)
+        return replace(self._of[key], byte_offset=byte_offset)
 
 
 def _held(specs: _Specs, unit: Unit, held: set[int]) -> tuple[TensorSpec, ...]:
@@ -305,6 +307,4 @@ def _spans(tensors: Sequence[TensorSpec], byte_start: int) -> Iterator[Span]:
 
 def _span(run: Sequence[TensorSpec], byte_start: int) -> Span:
     tiles = TileMap.for_tensors([(tensor.tensor_id, tensor.numel) for tensor in run])
-    return Span(
-        dtype=run[0].dtype, byte_start=run[0].byte_offset - byte_start, tiles=tiles, decays=run[0].decays
-    )
+    return Span(dtype=run[0].dtype, byte_start=run[0].byte_offset - byte_start, tiles=tiles, decays=run[0].decays)

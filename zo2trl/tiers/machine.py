@@ -38,7 +38,9 @@ def resolve_budgets(*, device_memory: int | str, cpu_memory: int | str, device: 
         device_bytes = int(free_device_bytes(device) * share)
     cpu_bytes = parse_size(cpu_memory, argument="cpu_memory")
     if cpu_bytes == "min":
-        raise ConfigError('`cpu_memory="min"` means nothing: write 0 to keep no unit in host memory, a size, or "auto".')
+        raise ConfigError(
+            '`cpu_memory="min"` means nothing: write 0 to keep no unit in host memory, a size, or "auto".'
+        )
     if cpu_bytes == "auto":
         cpu_bytes = int(psutil.virtual_memory().available * HOST_SHARE)
         if device.type == "cpu" and device_bytes != "min":

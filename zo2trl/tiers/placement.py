@@ -45,7 +45,7 @@ def parse_size(value: int | float | str, *, argument: str) -> int | Literal["aut
     elif not isinstance(value, bool) and value >= 0 and int(value) == value:
         return int(value)
     raise ConfigError(
-        f"`{argument}` is {value!r}, which is not a size. Write bytes (8000000000), \"8GB\" (8e9 bytes), \"8GiB\" "
+        f'`{argument}` is {value!r}, which is not a size. Write bytes (8000000000), "8GB" (8e9 bytes), "8GiB" '
         '(8 x 2^30 bytes), "auto", or "min".'
     )
 
@@ -105,7 +105,9 @@ def smallest_device_budget(layout: Layout) -> int:
     """Bytes of device memory below which `place` refuses this layout."""
     streamable = frozenset(unit.index for unit in layout.units if not unit.is_resident)
     everything = _Need(layout, streamed=frozenset(), n_slots=0).total
-    return min(everything, _Need(layout, streamed=streamable, n_slots=MIN_RING_SLOTS).total) if streamable else everything
+    return (
+        min(everything, _Need(layout, streamed=streamable, n_slots=MIN_RING_SLOTS).total) if streamable else everything
+    )
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -166,12 +168,15 @@ def _fill_cpu(streamed: Sequence[Unit], cpu_bytes: int) -> set[int]:
 
 def _cannot_fit(layout: Layout, least: _Need, budgets: Budgets) -> BudgetError:
     largest = max((unit for unit in layout.units if not unit.is_resident), key=lambda u: u.n_bytes, default=None)
-    block = f"the largest block ({largest.name}) is {largest.n_bytes:,} bytes, " if largest else "there are no blocks, "
+    block = (
+        f"the largest block ({largest.name}) is {largest.n_bytes:,} bytes, " if largest else "there are no blocks, "
+    )
     return BudgetError(
-        f"`device_memory` is {budgets.device:,} bytes, which cannot hold one step: {block}everything outside the blocks "
+        f"`device_memory` is {budgets.device:,} bytes, which cannot hold one step: {block}everything outside "
+        "the blocks "
         f"is {least.resident_bytes:,} bytes, and a step needs both plus {least.n_slots} ring slots of "
         f"{least.slot_bytes:,} and {least.scratch_bytes:,} bytes of scratch. The smallest `device_memory` that works "
-        f"is {least.total:,} bytes ({format_bytes(least.total)}); \"min\" asks for exactly that"
+        f'is {least.total:,} bytes ({format_bytes(least.total)}); "min" asks for exactly that'
         + ("." if layout.leaf_blocks else ', and `granularity="leaf"` needs less.')
     )
 

@@ -30,8 +30,8 @@ class Slot:
     """Device memory for one segment. The events are None on a CPU-only machine, where program order is enough."""
 
     buffer: torch.Tensor
-    copied: torch.cuda.Event | None = None  # recorded by the load after its copy was enqueued
-    released: torch.cuda.Event | None = None  # recorded when the last kernel that reads the slot was enqueued
+    copied: torch.Event | None = None  # recorded by the load after its copy was enqueued
+    released: torch.Event | None = None  # recorded when the last kernel that reads the slot was enqueued
     busy: Future | None = None  # the job that must end before the slot is filled again
 
 
@@ -59,16 +59,16 @@ class Prefetcher:
     _free: deque[Slot]
     _pool: ThreadPoolExecutor
 
-    def __init__(self, order: Sequence[Segment], load: Load, *, n_slots: int, slot_bytes: int, device: torch.device):
+    def __init__(
+        self, order: Sequence[Segment], load: Load, *, n_slots: int, slot_bytes: int, device: torch.device
+    ) -> None:
         self._order = list(order)
         self._cursor = 0
         self._ahead = deque()
         self._taken = []
         self._load = load
         self._device = device
-        self._free = deque(
-            Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(n_slots)
-        )
+        self._free = deque(Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(n_slots))
         self._pool = ThreadPoolExecutor(max(n_slots - 1, 1), thread_name_prefix="zo2trl-fetch")
 
     def expect(self, order: Sequence[Segment]) -> None:

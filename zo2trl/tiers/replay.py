@@ -1,8 +1,8 @@
 """Bringing a segment from the journal position it has absorbed to the journal's end.
 
 Does not: decide when, or move bytes between tiers.
-Invariant: replaying records one call at a time or all in one call gives the same bits (`UpdateRule.replay` rounds after
-every step), so how lazily a unit catches up never shows in the weights.
+Invariant: replaying records one call at a time or all in one call gives the same bits (`UpdateRule.replay` rounds
+after every step), so how lazily a unit catches up never shows in the weights.
 """
 
 from collections.abc import Sequence

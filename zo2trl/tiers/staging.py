@@ -55,7 +55,7 @@ class Staging:
             slot.copied.synchronize()
 
     @contextmanager
-    def downloaded(self, weights: torch.Tensor, ready: torch.cuda.Event | None) -> Iterator[torch.Tensor]:
+    def downloaded(self, weights: torch.Tensor, ready: torch.Event | None) -> Iterator[torch.Tensor]:
         """Slot -> host memory, valid inside the block; `ready` marks the last kernel that wrote the slot."""
         if self._device.type != "cuda":
             yield weights

@@ -148,7 +148,9 @@ class TieredStore:
         weights: list[torch.Tensor] = []
         try:
             for segment in point.segments:
-                weights.append(self._resident(segment) if self._is_resident(segment) else self._fetch(segment, fetches))
+                weights.append(
+                    self._resident(segment) if self._is_resident(segment) else self._fetch(segment, fetches)
+                )
             yield weights
         finally:
             for fetch, write in fetches:
@@ -276,11 +278,11 @@ class TieredStore:
 
     def _write_back(self, segment: Segment, weights: torch.Tensor) -> Future:
         ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-        write = self._writer.submit(self._write, segment, weights, len(self.journal.records), ready)
+        write = self._writer.submit(self._write, segment, weights, position=len(self.journal.records), ready=ready)
         self._writes[segment.index] = write
         return write
 
-    def _write(self, segment: Segment, weights: torch.Tensor, position: int, ready: torch.cuda.Event | None) -> None:
+    def _write(self, segment: Segment, weights: torch.Tensor, *, position: int, ready: torch.Event | None) -> None:
         """Runs in the writer thread: slot -> home. One thread, so that a unit's segments are written in order."""
         tier = self._tier(segment.unit)
         with self._staging.downloaded(weights, ready) as data:

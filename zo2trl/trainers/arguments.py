@@ -56,8 +56,8 @@ class ZOArguments:
         num_directions (`int`, *optional*, defaults to `1`):
             Random directions per step; their estimates are averaged. All of them share one visit of every block.
         direction (`str`, *optional*, defaults to `"rademacher"`):
-            Distribution of the directions: `"rademacher"` (+1 or -1), `"gaussian"`, or `"mezo"` for the noise stream of
-            the MeZO reference implementation.
+            Distribution of the directions: `"rademacher"` (+1 or -1), `"gaussian"`, or `"mezo"` for the noise stream
+            of the MeZO reference implementation.
         rounding (`str`, *optional*):
             How updates are rounded to the storage dtype: `"nearest"` or `"stochastic"`. Defaults to `"stochastic"`
             when trainable weights are stored in 16 bit, else `"nearest"`.
@@ -122,9 +122,9 @@ class ZOArguments:
 
 @dataclass
 class ZOConfig(ZOArguments, TrainingArguments):
-    __doc__ = (ZOArguments.__doc__ or "").replace(
-        "common to all ZO trainers.", "and all those of [`~transformers.TrainingArguments`], for [`ZOTrainer`]."
-    )
+    """
+    Configuration of [`ZOTrainer`]: the parameters of [`ZOArguments`] and of [`~transformers.TrainingArguments`].
+    """
 
 
 _Config = TypeVar("_Config", bound=ZOArguments)

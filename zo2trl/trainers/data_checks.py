@@ -25,7 +25,8 @@ def check_dataset(dataset: Any, *, name: str) -> None:
     """
     if isinstance(dataset, Sized) and len(dataset) == 0:
         raise ConfigError(
-            f"`{name}` is empty. If it was not before, every example was filtered out: look at `max_length` (examples whose "
+            f"`{name}` is empty. If it was not before, every example was filtered out: look at `max_length` "
+            "(examples whose "
             "completion was cut off entirely are dropped) and at the columns it should have."
         )
 
@@ -41,7 +42,7 @@ def check_labels(trainer: Any) -> None:
         return
     if trainer.compute_loss_func is not None or not trainer.label_names:
         return
-    columns = dataset
+    columns: Any = dataset
     if isinstance(dataset, datasets.Dataset) and trainer.args.remove_unused_columns:
         columns = trainer._remove_unused_columns(dataset, description="training")
     with _global_random_state_kept():

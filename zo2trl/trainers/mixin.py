@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import AutocastKwargs
@@ -40,12 +40,14 @@ from zo2trl.trainers.support import check_arguments, check_optimizers
 
 __all__ = ["ZOTrainerMixin"]
 
+_Base = Trainer if TYPE_CHECKING else object
+
 logger = logging.getLogger(__name__)
 
 _MEZO_NO_DECAY = ("bias", "layer_norm", "layernorm")
 
 
-class ZOTrainerMixin:
+class ZOTrainerMixin(_Base):
     """Put it in front of a Trainer class: `class ZOTrainer(ZOTrainerMixin, Trainer)`."""
 
     config_class: type[ZOArguments]
@@ -56,25 +58,27 @@ class ZOTrainerMixin:
     _casts: dict[nn.Parameter, torch.dtype]  # what the store still has to cast while it adopts a mapped checkpoint
     _shutdown: Any = None
 
-    def __init__(self, model: Any = None, args: TrainingArguments | None = None, *positional: Any, **named: Any):
+    def __init__(
+        self, model: Any = None, args: TrainingArguments | None = None, *positional: Any, **named: Any
+    ) -> None:
         given = signature(super().__init__).bind_partial(model, args, *positional, **named).arguments
         given |= given.pop("kwargs", {})
-        given["args"] = args = self._convert(args, model)
-        check_arguments(args)
+        given["args"] = config = self._convert(args, model)
+        check_arguments(config)
         check_optimizers(given)
         check_dataset(given.get("train_dataset"), name="train_dataset")
-        args.__dict__["_n_gpu"] = min(args.n_gpu, 1)
+        config._n_gpu = min(config.n_gpu, 1)  # one process drives one device; more would mean DataParallel
         self._casts = {}
         self._micro_batches: list[tuple[Any, Any]] = []
         self._first_step: int | None = None
         self._step_metrics = StepMetrics()
         self._scaling = LossScaling()
-        init_kwargs = getattr(args, "model_init_kwargs", None)
+        init_kwargs = getattr(config, "model_init_kwargs", None)
         if isinstance(model, str):
             given["model"] = self._load(model, given)
-            args.model_init_kwargs = None
+            config.model_init_kwargs = None  # used up: the trainer would warn that it cannot apply them
         super().__init__(**given)
-        args.model_init_kwargs = init_kwargs
+        config.model_init_kwargs = init_kwargs
         check_dataset(self.train_dataset, name="train_dataset")
         check_labels(self)
         self._plan_first()
@@ -130,9 +134,7 @@ class ZOTrainerMixin:
     def _options(self) -> EngineOptions:
         args = self.args
         return EngineOptions(
-            budgets=resolve_budgets(
-                device_memory=args.device_memory, cpu_memory=args.cpu_memory, device=args.device
-            ),
+            budgets=resolve_budgets(device_memory=args.device_memory, cpu_memory=args.cpu_memory, device=args.device),
             device=args.device,
             store_dir=Path(args.store_dir),
             seed=args.seed,
@@ -174,7 +176,8 @@ class ZOTrainerMixin:
         return self.optimizer
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """Autocast as the arguments ask, without its weight cache: one Parameter holds many probes' weights in turn."""
+        """Autocast as the arguments ask, without its weight cache: one Parameter holds many probes' weights "
+        "in turn."""
         stack = super().compute_loss_context_manager()  # type: ignore[misc]
         stack.enter_context(self.accelerator.autocast(autocast_handler=AutocastKwargs(cache_enabled=False)))
         return stack
@@ -228,7 +231,7 @@ class ZOTrainerMixin:
 
     def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
         return loss.mean() / self._scaling.divisor(self, num_items_in_batch)
 
     @contextmanager
@@ -285,9 +288,13 @@ class ZOTrainerMixin:
         if not self._reload(self.state.best_model_checkpoint):
             super()._load_best_model()  # type: ignore[misc]
 
-    def _reload(self, folder: str) -> bool:
+    def _reload(self, folder: str | None) -> bool:
         """Bring a checkpoint's full weights into the store, unit by unit. False: the upstream way is the right one."""
-        if not isinstance(self.model, PreTrainedModel) or not any(Path(folder).glob("model*.safetensors")):
+        if (
+            not folder
+            or not isinstance(self.model, PreTrainedModel)
+            or not any(Path(folder).glob("model*.safetensors"))
+        ):
             return False
         mapped = load_mapped(folder, model_class=type(self.model))
         values = dict(mapped.model.named_parameters(remove_duplicate=False))

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from zo2trl.trainers.arguments import ZOArguments
 from zo2trl.trainers.mixin import ZOTrainerMixin
@@ -14,9 +15,9 @@ __all__ = ["ZOSFTConfig", "ZOSFTTrainer"]
 
 @dataclass
 class ZOSFTConfig(ZOArguments, SFTConfig):
-    __doc__ = (ZOArguments.__doc__ or "").replace(
-        "common to all ZO trainers.", "and all those of [`~trl.SFTConfig`], for [`ZOSFTTrainer`]."
-    )
+    """
+    Configuration of [`ZOSFTTrainer`]: the parameters of [`ZOArguments`] and of [`~trl.SFTConfig`].
+    """
 
 
 class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
@@ -38,7 +39,10 @@ class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
     @contextmanager
     def probes_counted_once(self, n_probes: int) -> Iterator[None]:
         """TRL adds up the tokens of every call of `compute_loss`, and a step makes one per probe."""
-        before, metrics = self._total_train_tokens, {key: list(values) for key, values in self._metrics["train"].items()}
+        before, metrics = (
+            self._total_train_tokens,
+            {key: list(values) for key, values in self._metrics["train"].items()},
+        )
         yield
         if not n_probes:  # a look at the loss that is no training step
             self._metrics["train"].clear()

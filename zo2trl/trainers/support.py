@@ -88,7 +88,10 @@ def _refuse(args: TrainingArguments) -> None:
     refused = {
         "deepspeed": (args.deepspeed, f"DeepSpeed {own_parameters}"),
         "fsdp": (args.fsdp, f"FSDP {own_parameters}"),
-        "parallelism_config": (getattr(args, "parallelism_config", None), f"Tensor or context parallelism {own_parameters}"),
+        "parallelism_config": (
+            getattr(args, "parallelism_config", None),
+            f"Tensor or context parallelism {own_parameters}",
+        ),
         "bf16_full_eval": (args.bf16_full_eval, _full_eval("bfloat16")),
         "fp16_full_eval": (args.fp16_full_eval, _full_eval("float16")),
         "activation_offloading": (getattr(args, "activation_offloading", False), f"{_NO_BACKWARD}. Remove it."),
@@ -96,14 +99,19 @@ def _refuse(args: TrainingArguments) -> None:
     for name, (value, why) in refused.items():
         if value:
             raise UnsupportedError(f"`{name}={value!r}` cannot work with ZO training: {why}")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    ):
         raise UnsupportedError(
-            "`accelerate launch` was configured for DeepSpeed or FSDP, which own the parameters, and so does the tiered "
+            "`accelerate launch` was configured for DeepSpeed or FSDP, which own the parameters, and so does "
+            "the tiered "
             "store. Launch with `distributed_type: NO`."
         )
     if args.world_size > 1:
         raise UnsupportedError(
-            f"`world_size` is {args.world_size}, but this release trains in one process. Launch with `num_processes: 1`."
+            f"`world_size` is {args.world_size}, but this release trains in one process. Launch with "
+            "`num_processes: 1`."
         )
 
 

@@ -12,8 +12,9 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
     """
     [`~transformers.Trainer`] that trains with forward passes only, out of GPU memory, host memory and disk.
 
-    Works with any model class that returns a loss (or with `compute_loss_func`): causal, masked and sequence-to-sequence
-    language models, sequence classification. Takes the arguments of [`~transformers.Trainer`], with two differences:
+    Works with any model class that returns a loss (or with `compute_loss_func`): causal, masked and
+    sequence-to-sequence language models, sequence classification. Takes the arguments of [`~transformers.Trainer`],
+    with two differences:
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `str`):

@@ -2,12 +2,12 @@
 
 Works on flat byte buffers, so that one call covers a whole unit. Does not know what a model, a tier or a file is.
 
-Invariant: every result depends only on (clean weights, record, tensor id, element index). Multiplications and additions
-are separate, correctly rounded operations (no fused multiply-add, no `alpha=`), so CPU and GPU give the same bits, and
-so does any chunking.
+Invariant: every result depends only on (clean weights, record, tensor id, element index). Multiplications and
+additions are separate, correctly rounded operations (no fused multiply-add, no `alpha=`), so CPU and GPU give the same
+bits, and so does any chunking.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -104,7 +104,7 @@ class UpdateRule:
         if weights.dtype == torch.float32 or self.rounding == "nearest":
             weights.copy_(exact)
         else:
-            weights.copy_(_round_stochastically(exact, weights.dtype, record.seed, tiles))
+            weights.copy_(_round_stochastically(exact, weights.dtype, tiles, seed=record.seed))
 
     def _draw(self, seed: int, tiles: TileMap, device: torch.device) -> torch.Tensor:
         z = torch.empty(len(tiles) * TILE, dtype=torch.float32, device=device)
@@ -131,7 +131,7 @@ def _drawing_threads(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads, thread_name_prefix="zo2trl-noise")
 
 
-def _in_threads(fill, tiles: TileMap) -> None:
+def _in_threads(fill: Callable[[TileMap, slice], None], tiles: TileMap) -> None:
     # numpy draws on one core and releases the GIL; torch's own operations around it are already parallel.
     n_threads = torch.get_num_threads()
     if n_threads == 1 or len(tiles) <= _CPU_FILL_TILES:
@@ -143,7 +143,7 @@ def _in_threads(fill, tiles: TileMap) -> None:
         job.result()
 
 
-def _round_stochastically(exact: torch.Tensor, dtype: torch.dtype, seed: int, tiles: TileMap) -> torch.Tensor:
+def _round_stochastically(exact: torch.Tensor, dtype: torch.dtype, tiles: TileMap, *, seed: int) -> torch.Tensor:
     """fp32 -> a neighbour on the 16-bit grid, the nearer one more often; values already on the grid stay."""
     bits = torch.empty(exact.shape, dtype=torch.int32, device=exact.device)
     rounding_bits(bits, seed, tiles)

@@ -1,0 +1,103 @@
+"""The `zo2trl` command: `convert` pickled checkpoints, print the `env` for a bug report.
+
+Does not: do any work itself, or import torch before a subcommand needs it.
+Invariant: an error made for users is one line on stderr and exit code 2; anything else is our bug and keeps its trace.
+"""
+
+import argparse
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from zo2trl.errors import ZO2TRLError
+
+__all__ = ["main"]
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "safetensors", "numpy", "triton")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (argparse exits by itself on `--help`, `--version` and bad usage)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ZO2TRLError as error:
+        print(f"zo2trl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zo2trl: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zo2trl", description="Forward-only fine-tuning of language models.")
+    parser.add_argument("--version", action="version", version=f"zo2trl {_version('zo2trl')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    convert = commands.add_parser("convert", help="turn a folder with pickled weights (*.bin) into safetensors")
+    convert.add_argument("source", type=Path, metavar="SRC", help="folder with pytorch_model.bin or its shards")
+    convert.add_argument("destination", type=Path, metavar="DST", help="folder to make; must not hold anything yet")
+    convert.set_defaults(run=_convert)
+
+    env = commands.add_parser("env", help="print versions, devices, memory and disk space for a bug report")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from zo2trl.tiers.convert import convert_checkpoint
+
+    convert_checkpoint(arguments.source, arguments.destination)
+    print(f"Converted {arguments.source} to {arguments.destination}.")
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    for name, value in _facts():
+        print(f"- {name}: {value}")
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    import psutil
+
+    from zo2trl.tiers.fs import LOCAL
+    from zo2trl.tiers.placement import format_bytes
+
+    yield "zo2trl", _version("zo2trl")
+    yield "Python", f"{platform.python_version()} on {platform.platform()}"
+    for name in PACKAGES:
+        yield name, _version(name)
+    yield from _devices()
+    memory = psutil.virtual_memory()
+    yield "CPU", f"{psutil.cpu_count()} cores ({platform.machine()})"
+    yield "memory", f"{format_bytes(memory.total)}, {format_bytes(memory.available)} available"
+    here = Path.cwd()
+    yield "disk", f"{format_bytes(LOCAL.free_bytes(here))} free at {here}"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from zo2trl.tiers.placement import format_bytes
+
+    if not torch.cuda.is_available():
+        yield "CUDA", "not available"
+        return
+    yield "CUDA", str(torch.version.cuda)
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        yield f"GPU {index}", f"{name}, {format_bytes(total)}, {format_bytes(free)} free"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
