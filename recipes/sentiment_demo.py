@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from recipes import sentiment_task as task
 from zo2trl import ZOSFTConfig, ZOSFTTrainer
 
-# Ten blocks of 0.66 MB. The device has room for two besides what a step needs (a ring of three and one perturbed copy),
+# Ten blocks of 0.66 MB. The device has room for two besides what a step needs (a ring of three and a perturbed copy),
 # the host for four more, and four stay on disk.
 DEVICE_MEMORY, CPU_MEMORY = "4.1MB", "2.7MB"
 WANTED_ACCURACY = 0.95
@@ -62,7 +62,7 @@ def main() -> int:
     before = reloaded_accuracy(base, reviews)
     console.print(f"Held-out accuracy [bold]{before:.1%}[/]: it knows the words, but mostly says '{task.GOOD}'.\n")
 
-    trainer, watch = fine_tune(base, tuned, reviews, args)
+    trainer, watch = fine_tune(base, tuned, reviews=reviews, args=args)
     after = watch.accuracies[-1][1]
     reloaded = reloaded_accuracy(tuned, reviews)
 
@@ -128,7 +128,7 @@ def reloaded_accuracy(folder: Path, reviews: task.Reviews) -> float:
 
 
 def fine_tune(
-    base: Path, tuned: Path, reviews: task.Reviews, args: argparse.Namespace
+    base: Path, tuned: Path, *, reviews: task.Reviews, args: argparse.Namespace
 ) -> tuple[ZOSFTTrainer, "Watch"]:
     """Train on honest verdicts without a backward pass, and save the result."""
     tokenizer = AutoTokenizer.from_pretrained(base)

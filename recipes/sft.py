@@ -6,28 +6,29 @@
 
 # Full fine-tuning, 8 GB of the GPU, the rest of the weights in host memory and on disk
 python recipes/sft.py \
-    --model_name_or_path facebook/opt-13b \
+    --model_name_or_path Qwen/Qwen3-14B \
     --dataset_name trl-lib/Capybara \
     --device_memory 8GB \
     --cpu_memory 16GB \
     --learning_rate 1e-6 \
     --per_device_train_batch_size 16 \
     --max_steps 2000 \
-    --output_dir opt-13b-sft
+    --output_dir qwen3-14b-sft
 
 # LoRA
 python recipes/sft.py \
-    --model_name_or_path Qwen/Qwen2-0.5B \
+    --model_name_or_path Qwen/Qwen3-0.6B \
     --dataset_name trl-lib/Capybara \
     --use_peft --lora_r 16 --lora_alpha 32 \
     --learning_rate 1e-4 \
     --zo_eps 1e-2 \
     --max_steps 2000 \
-    --output_dir qwen2-0.5b-lora
+    --output_dir qwen3-0.6b-lora
 
 # Everything from a file; arguments on the command line win
 python recipes/sft.py --config recipes/sft.yaml --max_steps 100
 
+On a machine without a GPU add `--bf16 false`: TRL's default is bfloat16 autocast, which transformers refuses there.
 A checkpoint that has only pickled weights (`*.bin`) is converted once: zo2trl convert SRC DST
 """
 
@@ -88,7 +89,7 @@ def load(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> An
     if dataset_args.datasets:
         return get_dataset(dataset_args)
     if script_args.dataset_name is None:
-        raise ConfigError("No data set was named. Pass `--dataset_name`, or list `datasets:` in the file of `--config`.")
+        raise ConfigError("No data set was named. Pass `--dataset_name`, or list `datasets:` in a `--config` file.")
     from datasets import load_dataset
 
     return load_dataset(
@@ -105,4 +106,4 @@ def make_parser(subparsers: Any = None, prog: str | None = None) -> ArgumentPars
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False)[:4])
+    main(*make_parser().parse_args_and_config())

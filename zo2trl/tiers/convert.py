@@ -10,6 +10,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -164,8 +165,8 @@ def _load(shard: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # A pickle, let alone a hostile one, can raise anything.
         why = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"{shard} could not be read as a file of nothing but tensors ({type(error).__name__}: {why}). Nothing in it "
-            "was run. Fetch it again, or get the checkpoint as safetensors."
+            f"{shard} could not be read as a file of nothing but tensors ({type(error).__name__}: {why}). Nothing in "
+            "it was run. Fetch it again, or get the checkpoint as safetensors."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{shard} holds a {type(content).__name__}, not tensors by name: no model checkpoint.")
@@ -220,7 +221,7 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> Iterator[int]:
         LOCAL.write_at(fd, len(text).to_bytes(8, "little") + text, 0)
         offset = 8 + len(text)
         for name in order:
-            data = tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy()
+            data: Any = tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy()
             for start in range(0, len(data), PIECE_BYTES):
                 piece = data[start : start + PIECE_BYTES]
                 LOCAL.write_at(fd, piece, offset)

@@ -171,7 +171,9 @@ def plan_layout(
     """
     stacks = find_stacks(model)
     blocks = [(f"{name}.{i}", block) for name, stack in stacks for i, block in enumerate(stack)]
-    leafy = frozenset(name for name, _ in blocks if leaf_blocks == "all" or name in leaf_blocks)
+    leafy = frozenset(
+        name for name, block in blocks if (leaf_blocks == "all" or name in leaf_blocks) and _leaves_are_disjoint(block)
+    )
     specs = _Specs(model, set(decay_names), dtypes or {})
     owners = Counter(id(p) for _, block in blocks for p in set(block.parameters()))
     in_blocks = set(owners)
@@ -213,6 +215,12 @@ def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         return
     for child_name, child in module.named_children():
         yield from _leaves(f"{name}.{child_name}", child)
+
+
+def _leaves_are_disjoint(block: nn.Module) -> bool:
+    """False when two leaves share a weight: alone, each of them would move it."""
+    held = [id(p) for _, leaf in _leaves("", block) for p in leaf.parameters()]
+    return len(held) == len(set(held))
 
 
 class _Specs:

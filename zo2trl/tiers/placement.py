@@ -8,6 +8,7 @@ Access is cyclic (every unit once a step), so a cache that evicts would miss eve
 resident units are spread evenly between streamed ones, so that the link never idles for long.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B|([KMGT]?))\s*", re.IGNORECASE)
 
 
-def parse_size(value: int | float | str, *, argument: str) -> int | Literal["auto", "min"]:
+def parse_size(value: object, *, argument: str) -> int | Literal["auto", "min"]:
     """Bytes of "8GB" (8e9), "8GiB" (8 x 2^30), "512MB", or a plain count; "auto" and "min" are passed through.
 
     Raises:
@@ -42,7 +43,7 @@ def parse_size(value: int | float | str, *, argument: str) -> int | Literal["aut
             prefix = (match[2] or match[4] or "").upper()
             scale = _UNITS[prefix] if not match[3] else 1024 ** " KMGT".index(prefix or " ")
             return int(float(match[1]) * scale)
-    elif not isinstance(value, bool) and value >= 0 and int(value) == value:
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 and value % 1 == 0:
         return int(value)
     raise ConfigError(
         f'`{argument}` is {value!r}, which is not a size. Write bytes (8000000000), "8GB" (8e9 bytes), "8GiB" '
@@ -92,22 +93,22 @@ def place(layout: Layout, budgets: Budgets) -> Placement:
     everything = _Need(layout, streamed=frozenset(), n_slots=0)
     if budgets.device != "min" and everything.total <= budgets.device:
         return _placement(layout, everything, budgets)
-    streamable = [unit.index for unit in layout.units if not unit.is_resident]
-    least = _Need(layout, streamed=frozenset(streamable), n_slots=MIN_RING_SLOTS)
-    if not streamable or (budgets.device != "min" and least.total > budgets.device):
-        raise _cannot_fit(layout, everything if not streamable else least, budgets)
+    streamable = _streamable(layout)
+    least = min(everything, _Need(layout, streamed=frozenset(streamable), n_slots=MIN_RING_SLOTS), key=_total)
     if budgets.device == "min":
         return _placement(layout, least, budgets)
+    if least.total > budgets.device:
+        raise _cannot_fit(layout, least, budgets.device)
     return _placement(layout, _widest(layout, streamable, budgets.device) or least, budgets)
 
 
 def smallest_device_budget(layout: Layout) -> int:
     """Bytes of device memory below which `place` refuses this layout."""
-    streamable = frozenset(unit.index for unit in layout.units if not unit.is_resident)
-    everything = _Need(layout, streamed=frozenset(), n_slots=0).total
-    return (
-        min(everything, _Need(layout, streamed=streamable, n_slots=MIN_RING_SLOTS).total) if streamable else everything
-    )
+    return place(layout, Budgets(device="min", cpu=0)).device_bytes
+
+
+def _streamable(layout: Layout) -> list[int]:
+    return [unit.index for unit in layout.units if not unit.is_resident]
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -145,6 +146,10 @@ def scratch_bytes(point: VisitPoint) -> int:
     return sum(segment.n_bytes for segment in point.segments if segment.is_trainable)
 
 
+def _total(need: _Need) -> int:
+    return need.total
+
+
 def _placement(layout: Layout, need: _Need, budgets: Budgets) -> Placement:
     streamed = [unit for unit in layout.units if unit.index in need.streamed]
     in_cpu = _fill_cpu(streamed, budgets.cpu)
@@ -166,18 +171,17 @@ def _fill_cpu(streamed: Sequence[Unit], cpu_bytes: int) -> set[int]:
     return set()
 
 
-def _cannot_fit(layout: Layout, least: _Need, budgets: Budgets) -> BudgetError:
+def _cannot_fit(layout: Layout, least: _Need, device_bytes: int) -> BudgetError:
+    rest_bytes = sum(unit.n_bytes for unit in layout.units if unit.is_resident)
     largest = max((unit for unit in layout.units if not unit.is_resident), key=lambda u: u.n_bytes, default=None)
-    block = (
-        f"the largest block ({largest.name}) is {largest.n_bytes:,} bytes, " if largest else "there are no blocks, "
-    )
+    block = f"the largest block ({largest.name}) is {largest.n_bytes:,} bytes and " if largest else ""
+    ring = f", {least.n_slots} ring slots of {least.slot_bytes:,} bytes" if least.n_slots else ""
+    finer = "" if layout.leaf_blocks or not largest else ', and `granularity="leaf"` may need less'
     return BudgetError(
-        f"`device_memory` is {budgets.device:,} bytes, which cannot hold one step: {block}everything outside "
-        "the blocks "
-        f"is {least.resident_bytes:,} bytes, and a step needs both plus {least.n_slots} ring slots of "
-        f"{least.slot_bytes:,} and {least.scratch_bytes:,} bytes of scratch. The smallest `device_memory` that works "
-        f'is {least.total:,} bytes ({format_bytes(least.total)}); "min" asks for exactly that'
-        + ("." if layout.leaf_blocks else ', and `granularity="leaf"` needs less.')
+        f"`device_memory` is {device_bytes:,} bytes, which cannot hold one step: {block}everything outside the blocks "
+        f"is {rest_bytes:,} bytes. A step needs {least.resident_bytes:,} bytes of resident weights{ring} and "
+        f"{least.scratch_bytes:,} bytes of scratch. The smallest `device_memory` that works is {least.total:,} bytes "
+        f'({format_bytes(least.total)}); "min" asks for exactly that{finer}.'
     )
 
 

@@ -120,10 +120,16 @@ class ZOTrainerMixin(_Base):
         if given.pop("quantization_config", None) is not None:
             kwargs["quantization_config"] = "given"
         set_seed(given["args"].seed)  # a new head is drawn at random, here as in the trainers this one stands in for
-        mapped = load_mapped(path, **kwargs)
+        mapped = load_mapped(path, offload_folder=self._offload_folder(given["args"]), **kwargs)
         named = dict(mapped.model.named_parameters())
         self._casts = {named[name]: dtype for name, dtype in mapped.casts().items()}
         return mapped.model
+
+    def _offload_folder(self, args: Any) -> Path:
+        """Beside the store, on the disk the user chose for weights: experts are fused there, in files without names."""
+        folder = Path(args.store_dir).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _plan_first(self) -> None:
         """Refuse budgets that cannot work before anything is moved."""
@@ -296,7 +302,7 @@ class ZOTrainerMixin(_Base):
             or not any(Path(folder).glob("model*.safetensors"))
         ):
             return False
-        mapped = load_mapped(folder, model_class=type(self.model))
+        mapped = load_mapped(folder, model_class=type(self.model), offload_folder=self._offload_folder(self.args))
         values = dict(mapped.model.named_parameters(remove_duplicate=False))
         self.engine.replace_weights(lambda spec: values[spec.name].detach().to(spec.dtype))
         return True

@@ -90,6 +90,11 @@ class UpdateRule:
                 for record in steps:
                     self._step(flat[run], tiles, record, decays=span.decays)
 
+    def draw_everything(self, span: Span, *, seed: int, device: torch.device) -> None:
+        """Draw a span's noise as `perturb` does and throw it away: what the noise alone costs."""
+        for tiles, _ in _chunks(span.tiles, device):
+            self._draw(seed, tiles, device)
+
     def _step(self, weights: torch.Tensor, tiles: TileMap, record: StepRecord, *, decays: bool) -> None:
         grads = record.projected_grads
         total: torch.Tensor | None = None
