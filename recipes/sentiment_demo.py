@@ -107,9 +107,9 @@ def make_checkpoint(folder: Path, reviews: task.Reviews, *, seed: int, num_steps
     tokenizer = task.build_tokenizer()
     model = task.build_model(tokenizer, seed=seed)
     n_parameters = sum(p.numel() for p in model.parameters())
+    console.print(f"Pretraining an OPT of {n_parameters / 1e6:.1f} M parameters with backpropagation.")
     with progress_bar() as progress:
-        words = f"Pretraining an OPT of {n_parameters / 1e6:.1f} M parameters (backprop)"
-        bar = progress.add_task(words, total=num_steps, note="")
+        bar = progress.add_task("pretraining", total=num_steps, note="")
         task.pretrain(
             model, tokenizer, reviews.pretrain, seed=seed, num_steps=num_steps,
             on_step=lambda step, loss: progress.update(bar, completed=step, note=f"loss {loss:.2f}"),
@@ -143,6 +143,7 @@ def fine_tune(
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
+        progress.console.print("Fine-tuning with forward passes only. Where the weights live:")
         progress.console.print(placement_table(trainer))
         trainer.train()
         trainer.save_model(str(tuned))
@@ -182,7 +183,7 @@ class Watch(TrainerCallback):
         self.accuracies: list[tuple[int, float]] = []
         self.step_seconds: list[float] = []
         self._progress = progress
-        self._bar = progress.add_task("Fine-tuning with forward passes only", total=num_steps, note="")
+        self._bar = progress.add_task("fine-tuning", total=num_steps, note="")
         self._step_start_s = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

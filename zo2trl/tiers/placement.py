@@ -8,7 +8,6 @@ Access is cyclic (every unit once a step), so a cache that evicts would miss eve
 resident units are spread evenly between streamed ones, so that the link never idles for long.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -108,14 +108,16 @@ class ZOArguments:
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "If positive, the projected gradient is clipped to this absolute value."}
     )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Has no effect: nothing is stored for a backward pass."}
+    # None, not False: upstream takes any other value for a use of the old name of `activation_checkpointing`.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Has no effect: nothing is stored for a backward pass."}
     )
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_numbers(self)
         super().__post_init__()  # type: ignore[misc]
+        self.gradient_checkpointing = bool(self.gradient_checkpointing)
         if self.store_dir is None:
             self.store_dir = str(Path(self.output_dir) / "store")  # type: ignore[attr-defined]
 
@@ -144,8 +146,9 @@ def convert_arguments(args: TrainingArguments, to: type[_Config]) -> _Config:
     for ours in dataclasses.fields(ZOArguments):
         if ours.name not in upstream or args.__dict__.get(ours.name) == upstream[ours.name]:
             converted.__dict__[ours.name] = ours.default
-    if hasattr(args, "activation_checkpointing"):
-        converted.__dict__["activation_checkpointing"] = False
+    if converted.gradient_checkpointing is None:
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            converted.__dict__[name] = False
     if converted.store_dir is None:
         converted.store_dir = str(Path(args.output_dir or ".") / "store")
     return converted

@@ -126,7 +126,7 @@ class ZOTrainerMixin(_Base):
         return mapped.model
 
     def _offload_folder(self, args: Any) -> Path:
-        """Beside the store, on the disk the user chose for weights: experts are fused there, in files without names."""
+        """Beside the store, on the disk the user chose for weights: where experts are fused, in nameless files."""
         folder = Path(args.store_dir).parent
         folder.mkdir(parents=True, exist_ok=True)
         return folder
