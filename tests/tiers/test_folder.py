@@ -18,7 +18,7 @@ def used(path, *, digest=DIGEST):
     """A folder as a finished run leaves it."""
     folder = StoreFolder(path, layout_digest=digest)
     folder.journal.write_bytes(b"steps of this run")
-    folder.units.mkdir()
+    folder.units.mkdir(exist_ok=True)
     (folder.units / "layers.0@3").write_bytes(b"weights")
     folder.close()
 

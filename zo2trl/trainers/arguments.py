@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from transformers import TrainingArguments
 
 from zo2trl.errors import ConfigError
@@ -116,6 +117,8 @@ class ZOArguments:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_numbers(self)
+        if getattr(self, "bf16", False) is None and not torch.cuda.is_available():
+            self.bf16 = False  # TRL means "where the GPU can"; upstream refuses it on a machine without one
         super().__post_init__()  # type: ignore[misc]
         self.gradient_checkpointing = bool(self.gradient_checkpointing)
         if self.store_dir is None:
