@@ -53,7 +53,11 @@ def machine() -> dict[str, Any]:
 def write_report(out: Path | None, **results: Any) -> None:
     """Print the results, and write them with machine and command if a file was asked for."""
     script = Path(sys.argv[0]).stem
-    report = {"command": f"python -m benchmarks.{script} {' '.join(sys.argv[1:])}".strip(), "machine": machine(), **results}
+    report = {
+        "command": f"python -m benchmarks.{script} {' '.join(sys.argv[1:])}".strip(),
+        "machine": machine(),
+        **results,
+    }
     text = json.dumps(report, indent=1)
     print(text)
     if out is not None:

@@ -79,7 +79,12 @@ def main() -> None:
         engine.shutdown()
     report = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     write_report(
-        options.out, parameters=n_parameters, tokens=ids.numel(), direction=options.direction, before_hooks_s=plain, **report
+        options.out,
+        parameters=n_parameters,
+        tokens=ids.numel(),
+        direction=options.direction,
+        before_hooks_s=plain,
+        **report,
     )
 
 

@@ -80,9 +80,7 @@ def test_mezo_is_reproduced_from_every_tier(run: str, place: dict[str, Any], tmp
     assert logs[0]["zo/loss_plus"] == pytest.approx(expected[0]["l1"], abs=1e-9)
     assert logs[0]["zo/projected_grad"] == pytest.approx(expected[0]["g"], abs=1e-6)
     assert [log["zo/loss_plus"] for log in logs] == pytest.approx([row["l1"] for row in expected], abs=LATER_LOSS)
-    assert [log["zo/projected_grad"] for log in logs] == pytest.approx(
-        [row["g"] for row in expected], abs=LATER_GRAD
-    )
+    assert [log["zo/projected_grad"] for log in logs] == pytest.approx([row["g"] for row in expected], abs=LATER_GRAD)
     assert sum(p.sum().item() for p in parameters) == pytest.approx(expected[-1]["psum"], abs=WEIGHT_SUMS)
     assert sum(p.square().sum().item() for p in parameters) == pytest.approx(expected[-1]["psq"], abs=WEIGHT_SUMS)
 

@@ -147,9 +147,7 @@ def plain_evaluation(model: nn.Module, rows: list[dict[str, torch.Tensor]]) -> f
 
 @every_model
 @pytest.mark.parametrize("place", ["disk-leaf", "mixed-block"])
-def test_a_saved_model_reloads_with_plain_transformers_to_the_same_bits(
-    name: str, place: str, tmp_path: Path
-) -> None:
+def test_a_saved_model_reloads_with_plain_transformers_to_the_same_bits(name: str, place: str, tmp_path: Path) -> None:
     with closing(make(name, tmp_path / "run", **options_of(name, place, tmp_path / "run"))) as trainer:
         trainer.train()
         trainer.data_collator = default_data_collator

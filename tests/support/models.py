@@ -79,7 +79,12 @@ def _gpt2() -> PreTrainedModel:
 
 def _neox() -> PreTrainedModel:
     config = GPTNeoXConfig(
-        **_SIZES, **SPECIAL, intermediate_size=64, max_position_embeddings=64, hidden_dropout=0.1, attention_dropout=0.1
+        **_SIZES,
+        **SPECIAL,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
     )
     return GPTNeoXForCausalLM(config)
 
@@ -117,9 +122,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(_gpt2, "causal"),
     "phi3": Family(lambda: Phi3ForCausalLM(Phi3Config(**_UNTIED)), "causal"),
     "gpt-neox": Family(_neox, "causal"),
-    "mixtral": Family(
-        lambda: MixtralForCausalLM(MixtralConfig(**_UNTIED, **_EXPERTS, num_local_experts=4)), "causal"
-    ),
+    "mixtral": Family(lambda: MixtralForCausalLM(MixtralConfig(**_UNTIED, **_EXPERTS, num_local_experts=4)), "causal"),
     "qwen3-moe": Family(
         lambda: Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**_UNTIED, **_EXPERTS, num_experts=4, moe_intermediate_size=32, head_dim=8)

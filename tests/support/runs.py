@@ -93,5 +93,3 @@ def budgets_for_all_tiers(trainer_of: Callable[..., Any], granularity: str) -> d
 def tiers_of(trainer: Any) -> set[str]:
     """Tiers that hold at least one block."""
     return {tier for name, tier, _ in trainer.engine.store.describe() if name not in ("rest", "shared")}
-
-

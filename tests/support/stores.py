@@ -59,7 +59,9 @@ def rule(rounding: Rounding = "nearest", noise: str = "rademacher") -> UpdateRul
     return UpdateRule(noise=make_noise(noise), rounding=rounding)
 
 
-def record(step: int, *, grad: float = 0.25, lr: float = 0.125, wd: float = 0.0, seed: int | None = None) -> StepRecord:
+def record(
+    step: int, *, grad: float = 0.25, lr: float = 0.125, wd: float = 0.0, seed: int | None = None
+) -> StepRecord:
     return StepRecord(
         step=step, seed=1000 + step if seed is None else seed, projected_grads=(grad,), learning_rate=lr,
         weight_decay=wd, zo_eps=1e-3,

@@ -61,6 +61,8 @@ def test_the_loss_is_not_multiplied_by_the_number_of_micro_batches(name: str, tm
 @pytest.mark.parametrize("name", ["opt", "roberta-mlm", "t5"])
 def test_label_smoothing_is_not_multiplied_by_the_number_of_micro_batches(name: str, tmp_path: Path) -> None:
     rows = tiny_rows(name, 8)
+    for row in rows if name == "t5" else []:  # the Trainer takes labels away, and T5 would make its inputs of them
+        row["decoder_input_ids"] = torch.cat([torch.tensor([1]), row["labels"][:-1]])
     whole = first_step(tmp_path / "whole", name, rows, accumulated=False, label_smoothing_factor=0.1)
     parts = first_step(tmp_path / "parts", name, rows, accumulated=True, label_smoothing_factor=0.1)
     plain = first_step(tmp_path / "plain", name, rows, accumulated=False)
@@ -123,7 +125,9 @@ def test_sft_losses_accumulate_as_one_batch(loss_type: str, tmp_path: Path) -> N
     logs = []
     for size, steps in ((8, 1), (2, 4)):
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
-        with closing(sft_trainer(tmp_path / str(size), tiny_model("llama"), loss_type=loss_type, **options)) as trainer:
+        with closing(
+            sft_trainer(tmp_path / str(size), tiny_model("llama"), loss_type=loss_type, **options)
+        ) as trainer:
             trainer.train()
             logs += step_logs(trainer)
     agree(logs[1], logs[0])

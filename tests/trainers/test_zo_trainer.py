@@ -162,9 +162,7 @@ def test_a_callback_can_stop_the_run(tmp_path: Path) -> None:
             control.should_training_stop = state.global_step == 2
 
     extra = {"callbacks": [Stop()]}
-    with closing(
-        zo_trainer(tmp_path, tiny_model("opt"), tiny_rows("opt", 40), extra=extra, max_steps=20)
-    ) as trainer:
+    with closing(zo_trainer(tmp_path, tiny_model("opt"), tiny_rows("opt", 40), extra=extra, max_steps=20)) as trainer:
         assert trainer.train().global_step == 2
         assert [record.step for record in trainer.engine.store.journal.records] == [0, 1]
 

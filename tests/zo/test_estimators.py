@@ -25,7 +25,9 @@ def test_the_clean_probe_moves_nothing():
 @given(distance=eighths, eps=st.sampled_from([2.0**-3, 2.0**-1, 1.0, 4.0]), seed=st.integers(0, 2**31))
 def test_on_a_quadratic_the_slope_is_the_exact_directional_derivative_at_any_eps(distance, eps, seed):
     signs = torch.randint(2, distance.shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
-    losses = [0.5 * (distance + probe.coefficient * signs).square().sum() for probe in TwoSidedSPSA(zo_eps=eps).probes()]
+    losses = [
+        0.5 * (distance + probe.coefficient * signs).square().sum() for probe in TwoSidedSPSA(zo_eps=eps).probes()
+    ]
     estimate = TwoSidedSPSA(zo_eps=eps).combine([float(loss) for loss in losses])
     assert estimate.projected_grads == (float(distance @ signs),)
 

@@ -33,7 +33,7 @@ from zo2trl.tiers.tier import Tier
 from zo2trl.zo.estimators import TwoSidedSPSA
 from zo2trl.zo.mezo import MezoNoise, MezoSeeds
 from zo2trl.zo.noise import Noise, derive_seed, make_noise
-from zo2trl.zo.rules import Rounding, UpdateRule
+from zo2trl.zo.rules import Rounding, UpdateAlong, UpdateRule
 
 __all__ = ["EngineOptions", "Plan", "open_engine", "plan_engine"]
 
@@ -54,6 +54,7 @@ class EngineOptions:
         zo_eps, num_directions: of the two-sided estimator.
         direction: "rademacher", "gaussian" or "mezo".
         rounding: "nearest", "stochastic", or None for stochastic where a trainable tensor is stored in 16 bit.
+        update_along: see `UpdateRule`; an experimenter's choice (benchmarks/noise.py).
         write_back_every: steps between write-backs of a unit, or "auto".
         granularity: "block", "leaf", or "auto": leaves only where blocks do not fit.
         decay_names: parameters that weight decay applies to.
@@ -68,6 +69,7 @@ class EngineOptions:
     num_directions: int = 1
     direction: str = "rademacher"
     rounding: Rounding | None = None
+    update_along: UpdateAlong = "drawn"
     write_back_every: int | Literal["auto"] = "auto"
     granularity: Granularity = "auto"
     decay_names: Collection[str] = ()
@@ -115,7 +117,8 @@ def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None =
     """
     plan = plan or plan_engine(model, options)
     noise, seeds = _make_noise(plan.layout, options)
-    rule = UpdateRule(noise=noise, rounding=options.rounding or _default_rounding(plan.layout))
+    rounding = options.rounding or _default_rounding(plan.layout)
+    rule = UpdateRule(noise=noise, rounding=rounding, update_along=options.update_along)
     digest = plan.layout.digest()
     _close_earlier_engine(options.store_dir)
     folder = StoreFolder(options.store_dir, layout_digest=digest, fs=fs)

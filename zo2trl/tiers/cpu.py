@@ -65,14 +65,13 @@ class HostTier:
         """The segment's bytes in place, ready for an asynchronous copy when pinned."""
         return self.view(segment.unit)[segment.byte_start : segment.byte_start + segment.n_bytes]
 
-    def read(self, segment: Segment, into: torch.Tensor) -> None:
-        """Copy from the arena."""
-        into.copy_(self.weights(segment))
-
     def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
         """Copy into the arena, from host or device memory."""
         self.weights(segment).copy_(data)
         return True
+
+    def publish(self, unit: Unit) -> None:
+        """Written in place: nothing is left to do."""
 
     def abandon(self, unit: Unit) -> None:
         """Nothing is ever half written here."""

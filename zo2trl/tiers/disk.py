@@ -1,8 +1,8 @@
 """Disk tier: one plain file per unit version, mapped for reading, written with pwrite.
 
 Never written through a map: a full disk under a writable map kills the process, under pwrite it is an error.
-Invariant: a published version is never written to again. New bytes go to a new file; when its last segment is there
-the file becomes the home and the old one is unlinked.
+Invariant: a published version is never written to again. New bytes go to a new file, the draft; once it is complete,
+`publish` makes it the home and unlinks the old one.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,6 @@ class _Draft:
     path: Path
     file: int
     version: int
-    n_bytes_left: int
     written: set[int] = field(default_factory=set)
 
 
@@ -59,22 +58,24 @@ class DiskTier:
             self._fs.close(file)
         self._homes[unit.index] = _Home(path, self._fs.map(path))
 
-    def read(self, segment: Segment, into: torch.Tensor) -> None:
-        """Copy out of the map; page faults read ahead from the disk."""
-        home = self._homes[segment.unit.index].map
-        np.copyto(into.numpy(), home[segment.byte_start : segment.byte_start + segment.n_bytes])
-
     def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
-        """Write into the draft of `version`; True when that completed and published it."""
+        """Write into the draft of `version`; True when every trainable tensor of the unit is in it."""
         draft = self._draft(segment.unit, version)
         self._fs.write_at(draft.file, _host_bytes(data), segment.byte_start)
-        if segment.index not in draft.written:
-            draft.written.add(segment.index)
-            draft.n_bytes_left -= segment.n_bytes
-        if draft.n_bytes_left:
-            return False
-        self._publish(segment.unit)
-        return True
+        draft.written |= {tensor.tensor_id for tensor in segment.tensors}
+        return all(t.tensor_id in draft.written for t in segment.unit.tensors if t.trainable)
+
+    def publish(self, unit: Unit) -> None:
+        """Complete the draft with frozen tensors that no write covered, and make it the home."""
+        draft, home = self._drafts.pop(unit.index), self._homes[unit.index]
+        for spec in unit.tensors:
+            if spec.tensor_id not in draft.written:
+                stop = spec.byte_offset + spec.n_padded_bytes
+                self._fs.write_at(draft.file, home.map[spec.byte_offset : stop].data, spec.byte_offset)
+        self._fs.close(draft.file)
+        self._homes[unit.index] = _Home(draft.path, self._fs.map(draft.path))
+        # Readers that still hold the old map keep its pages: an unlinked file lives until its last map goes.
+        self._fs.unlink(home.path)
 
     def abandon(self, unit: Unit) -> None:
         """Unlink an incomplete draft."""
@@ -104,16 +105,9 @@ class DiskTier:
             path = self._path(unit, version)
             if path == self._homes[unit.index].path:  # the same step again with other bytes (a checkpoint was loaded)
                 path = path.with_name(f"{path.name}+")
-            draft = _Draft(path, self._fs.create(path, unit.n_bytes), version, unit.n_bytes)
+            draft = _Draft(path, self._fs.create(path, unit.n_bytes), version)
             self._drafts[unit.index] = draft
         return draft
-
-    def _publish(self, unit: Unit) -> None:
-        draft = self._drafts.pop(unit.index)
-        self._fs.close(draft.file)
-        old, self._homes[unit.index] = self._homes[unit.index], _Home(draft.path, self._fs.map(draft.path))
-        # Readers that still hold the old map keep its pages: an unlinked file lives until its last map goes.
-        self._fs.unlink(old.path)
 
     def _path(self, unit: Unit, version: int) -> Path:
         return self._folder / f"{unit.name}@{version}"

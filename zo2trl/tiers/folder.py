@@ -15,6 +15,7 @@ Invariant: a folder that holds anything we did not write is never written to.
 """
 
 import json
+import re
 from pathlib import Path
 
 from zo2trl.errors import StoreForeign
@@ -25,6 +26,7 @@ __all__ = ["StoreFolder"]
 FORMAT = 1
 _DESCRIPTION = "store.json"
 _MAX_DESCRIPTION_BYTES = 1 << 20
+_UNIT_FILE = re.compile(r".+@\d+\+?")
 
 
 class StoreFolder:
@@ -68,7 +70,8 @@ class StoreFolder:
             self._lock = None
 
     def _refuse_foreign(self, layout_digest: str) -> None:
-        names = [name for name in self._fs.list_names(self.path) if name != "lock"]
+        # A run that died while it made the folder leaves a lock and half a description.
+        names = [name for name in self._fs.list_names(self.path) if name not in ("lock", f"{_DESCRIPTION}.tmp")]
         if not names:
             return
         if _DESCRIPTION not in names:
@@ -93,6 +96,13 @@ class StoreFolder:
                 f"{layout_digest[:12]}). Nothing "
                 "was changed. Choose another `store_dir`, or delete that folder if its run is no longer needed."
             )
+        strange = [name for name in self._unit_files() if not _UNIT_FILE.fullmatch(name)]
+        if strange:
+            raise StoreForeign(
+                f"{self.units} holds {strange[0]!r}, which is no unit of this store. Nothing was changed. Move "
+                "it away, "
+                "or choose another `store_dir`."
+            )
 
     def _retire_earlier_run(self) -> None:
         fs = self._fs
@@ -101,6 +111,8 @@ class StoreFolder:
             number = next(n for n in range(1, len(taken) + 2) if f"journal-{n}.old" not in taken)
             fs.rename(self.journal, self.path / f"journal-{number}.old")
             fs.sync_folder(self.path)
-        if fs.exists(self.units):
-            for name in fs.list_names(self.units):
-                fs.unlink(self.units / name)
+        for name in self._unit_files():
+            fs.unlink(self.units / name)
+
+    def _unit_files(self) -> list[str]:
+        return self._fs.list_names(self.units) if self._fs.exists(self.units) else []

@@ -33,14 +33,13 @@ class DeviceTier:
         """The segment's bytes in place: leasing a resident unit moves nothing."""
         return self._buffers[segment.unit.index][segment.byte_start : segment.byte_start + segment.n_bytes]
 
-    def read(self, segment: Segment, into: torch.Tensor) -> None:
-        """Copy to the host."""
-        into.copy_(self.weights(segment))
-
     def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
         """Overwrite in place."""
         self.weights(segment).copy_(data)
         return True
+
+    def publish(self, unit: Unit) -> None:
+        """Written in place: nothing is left to do."""
 
     def abandon(self, unit: Unit) -> None:
         """Nothing is ever half written here."""

@@ -89,7 +89,11 @@ class Prefetcher:
         fetch = self._ahead.popleft()
         self._taken.append(fetch)
         self._refill()
-        position = fetch.job.result()
+        try:
+            position = fetch.job.result()
+        except BaseException:
+            self.give_back(fetch)
+            raise
         if fetch.slot.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(fetch.slot.copied)
         return fetch, position

@@ -7,7 +7,7 @@ Invariant: a staging buffer is reused only after the copy that reads it has fini
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,14 +42,14 @@ class Staging:
             target.copy_(source, non_blocking=True)
             slot.copied = self._up.record_event()
 
-    def read_and_upload(self, read: Callable[[torch.Tensor], None], target: torch.Tensor, slot: Slot) -> None:
-        """Disk -> slot: `read` fills host memory, which is the slot itself where the device is the CPU."""
+    def read_and_upload(self, source: torch.Tensor, target: torch.Tensor, slot: Slot) -> None:
+        """Mapped file -> slot, through a pinned buffer where the slot is on a GPU."""
         if self._device.type != "cuda":
-            read(target)
+            target.copy_(source)
             return
         with self._reading:
             staged = self._buffers[0][: target.numel()]
-            read(staged)
+            staged.copy_(source)
             self.upload(staged, target, slot)
             assert slot.copied is not None
             slot.copied.synchronize()

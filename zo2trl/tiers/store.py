@@ -11,13 +11,12 @@ Invariants:
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import torch
 
 from zo2trl.amp.codecs import PLAIN
-from zo2trl.tiers.cpu import HostTier
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.gpu import DeviceTier
 from zo2trl.tiers.journal import Journal
@@ -95,6 +94,7 @@ class TieredStore:
                 data = staged[segment.byte_start : segment.byte_start + segment.n_bytes]
                 self._tier(unit).write(segment, data, version=version)
                 self._ledger.absorb(segment, version)
+            self._tier(unit).publish(unit)
             self._versions[unit.index] += self.tier_of(unit) == "disk"
         self.homes_changed()
 
@@ -179,21 +179,19 @@ class TieredStore:
 
     def end_march(self) -> None:
         """Raise what went wrong in finished write-backs; the others run on into the next march."""
-        for index, write in list(self._writes.items()):
-            if write.done():
-                write.result()
-                del self._writes[index]
         if self.layout.leaf_blocks:
             self.settle()
+        done = [index for index, write in self._writes.items() if write.done()]
+        _raise_first([self._writes.pop(index) for index in done])
 
     def settle(self) -> None:
         """Wait for every write-back, and forget unit versions that did not get all their leaves in one march."""
-        for write in self._writes.values():
-            write.result()
-        self._writes.clear()
+        writes, self._writes = list(self._writes.values()), {}
+        wait(writes)
         for index in self._ledger.forget_drafts():
             unit = self.layout.units[index]
             self._tier(unit).abandon(unit)
+        _raise_first(writes)
 
     def flush(self) -> None:
         """Bring every home up to date: saved weights and views are never a step behind."""
@@ -263,16 +261,19 @@ class TieredStore:
         """Runs in a fetch thread: home -> slot; returns the position the copied bytes have absorbed."""
         write = self._writes.get(segment.index)
         if write is not None:
-            write.result()  # the home is about to change: reading it now would mix two versions
-        with self._lock:
+            # A host unit is about to change in place. If the write fails, the march's end says so: the home and its
+            # position are still what they were.
+            wait([write])
+        with self._lock:  # one snapshot: a new version may be published while we copy the old one
             position = self._ledger.position(segment)
-        tier = self._tier(segment.unit)
+            home = self._tier(segment.unit).view(segment.unit)
+        source = home[segment.byte_start : segment.byte_start + segment.n_bytes]
         target = slot.buffer[: segment.n_bytes]
-        if isinstance(tier, HostTier):
-            self._staging.upload(tier.weights(segment), target, slot)
+        if self.tier_of(segment.unit) == "cpu":
+            self._staging.upload(source, target, slot)
             self._count(h2d=segment.n_bytes)
         else:
-            self._staging.read_and_upload(lambda into: tier.read(segment, into), target, slot)
+            self._staging.read_and_upload(source, target, slot)
             self._count(disk_read=segment.n_bytes, h2d=segment.n_bytes if self.device.type != "cpu" else 0)
         return position
 
@@ -286,10 +287,11 @@ class TieredStore:
         """Runs in the writer thread: slot -> home. One thread, so that a unit's segments are written in order."""
         tier = self._tier(segment.unit)
         with self._staging.downloaded(weights, ready) as data:
-            published = tier.write(segment, data, version=position)
+            complete = tier.write(segment, data, version=position)
         with self._lock:
             self._ledger.draft(segment, position)
-            if published:
+            if complete:
+                tier.publish(segment.unit)
                 self._ledger.publish(segment)
                 self._versions[segment.unit.index] += isinstance(tier, DiskTier)
         on_disk = isinstance(tier, DiskTier)
@@ -301,3 +303,8 @@ class TieredStore:
     def _count(self, **n_bytes: int) -> None:
         with self._lock:
             self.traffic.update(n_bytes)
+
+
+def _raise_first(writes: Sequence[Future]) -> None:
+    for write in writes:
+        write.result()

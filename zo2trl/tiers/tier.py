@@ -1,7 +1,8 @@
 """What every tier can do. One contract test (tests/tiers/test_tier_contract.py) runs against all of them.
 
 Does not: decide who lives where (placement.py) or when something moves (prefetch.py, store.py).
-Invariant: at any moment `view` and `read` show one whole version of a segment, never a mixture.
+Invariant: what `view` returned stays one whole version of every segment: a disk unit's old map outlives the publishing
+of a new version, and a host unit's segments change only inside `write`.
 """
 
 from collections.abc import Callable
@@ -26,12 +27,12 @@ class Tier(Protocol):
         """Make a home for a unit and fill it, tensor by tensor; padding is zero."""
         ...
 
-    def read(self, segment: Segment, into: torch.Tensor) -> None:
-        """Copy a segment's bytes from its home into `into` (uint8, host memory, n_bytes long); blocks."""
+    def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
+        """Copy new bytes of a segment to its home, or beside it; blocks. True when `publish` may be called."""
         ...
 
-    def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
-        """Copy new bytes of a segment to its home; blocks. True once what was written of this version is the home."""
+    def publish(self, unit: Unit) -> None:
+        """Make what was written of a complete version the unit's home."""
         ...
 
     def abandon(self, unit: Unit) -> None:

@@ -208,7 +208,7 @@ class ZOTrainerMixin(_Base):
         # The root says "training" to loss and metric code; everything below runs without dropout, as MeZO does.
         model.eval()
         model.training = True
-        self._before_first_step(model, batches)
+        self._prepare_step(model, batches)
         started_s, moved = time.perf_counter(), engine.store.traffic.copy()
         with self.probes_counted_once(len(engine.estimator.probes())):
             estimate = engine.step(
@@ -223,17 +223,17 @@ class ZOTrainerMixin(_Base):
         )  # fmt: skip
         return torch.tensor(estimate.loss, device=self.args.device)
 
-    def _before_first_step(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> None:
-        if self._first_step is not None:
-            return
-        self._first_step = self.state.global_step
-        records = self.engine.store.journal.records
-        # A second call of `train()` counts steps from 0 again, but its directions and records must be new ones.
-        is_rerun = records and records[-1].step >= self._first_step
-        self._step_offset = records[-1].step + 1 - self._first_step if is_rerun else 0
+    def _prepare_step(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> None:
         with self.probes_counted_once(0):
-            settle_granularity(self.engine, partial(self._loss, model, *batches[0]), options=self._engine_options)
             self._scaling.find_out(self, model, batches)
+            if self._first_step is None:
+                settle_granularity(self.engine, partial(self._loss, model, *batches[0]), options=self._engine_options)
+        if self._first_step is None:
+            self._first_step = self.state.global_step
+            records = self.engine.store.journal.records
+            # A second call of `train()` counts steps from 0 again, but its directions and records must be new ones.
+            is_rerun = records and records[-1].step >= self._first_step
+            self._step_offset = records[-1].step + 1 - self._first_step if is_rerun else 0
 
     def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         with self.compute_loss_context_manager():

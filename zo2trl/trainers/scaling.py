@@ -5,11 +5,11 @@ normalised by it. Several model classes (sequence classification, masked LM, T5)
 batch all the same; their loss would be multiplied by the number of micro-batches. So we ask the loss itself, once.
 """
 
+import math
+from functools import partial
 from typing import Any
 
 from torch import nn
-
-from zo2trl.engine.lockstep import current_pass
 
 __all__ = ["LossScaling"]
 
@@ -20,25 +20,34 @@ class LossScaling:
     _consumes: bool | None = None
 
     def find_out(self, trainer: Any, model: nn.Module, batches: list[tuple[Any, Any]]) -> None:
-        """Compare the loss of one micro-batch with the loss when told that there are twice as many items."""
-        inputs, n_items = batches[0]
-        if self._consumes is not None or len(batches) == 1 or n_items is None:
+        """Compare losses of one micro-batch with the losses when told that there are twice as many items.
+
+        Undecided micro-batches (no label that counts, a loss that is not finite) are passed over; if there is no
+        other, the next step is asked.
+        """
+        if self._consumes is not None or len(batches) == 1 or self._declared(trainer) is not None:
             return
-        self._consumes = False  # while we look, `divisor` must not depend on the answer
-
-        def loss(items: Any) -> Any:
-            with trainer.compute_loss_context_manager():
-                return trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
-
-        assert current_pass() is None
-        once, twice = trainer.engine.run_clean([lambda: loss(n_items), lambda: loss(2 * n_items)])
-        self._consumes = float(twice.mean()) < 0.75 * float(once.mean())
+        for inputs, n_items in batches:
+            if n_items is None:
+                return
+            looks = [partial(self._loss_given, trainer, model, inputs, items) for items in (n_items, 2 * n_items)]
+            once, twice = (abs(float(value.mean())) for value in trainer.engine.run_clean(looks))
+            if math.isfinite(once) and once > 0.0:
+                self._consumes = twice < 0.75 * once
+                return
 
     def divisor(self, trainer: Any, num_items_in_batch: Any) -> int:
         """What a micro-batch's loss must be divided by."""
-        declared = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if declared is None and trainer.compute_loss_func is not None:
-            declared = True
-        if declared is None:
-            declared = self._consumes if self._consumes is not None else num_items_in_batch is not None
-        return 1 if declared else trainer.current_gradient_accumulation_steps
+        normalised = self._declared(trainer)
+        if normalised is None:
+            normalised = num_items_in_batch is not None if self._consumes is None else self._consumes
+        return 1 if normalised else trainer.current_gradient_accumulation_steps
+
+    def _declared(self, trainer: Any) -> bool | None:
+        if trainer.compute_loss_func is not None:
+            return True
+        return getattr(trainer, "loss_is_scaled_for_ga", None)
+
+    def _loss_given(self, trainer: Any, model: nn.Module, inputs: Any, n_items: Any) -> Any:
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, dict(inputs), num_items_in_batch=n_items)

@@ -18,9 +18,11 @@ import torch
 from zo2trl.zo.noise import TILE, Noise, TileMap, derive_seed, rounding_bits
 from zo2trl.zo.records import Record, StepRecord
 
-__all__ = ["Rounding", "Span", "UpdateRule", "direction_seed"]
+__all__ = ["Rounding", "Span", "UpdateAlong", "UpdateRule", "direction_seed"]
 
 Rounding = Literal["nearest", "stochastic"]
+UpdateAlong = Literal["drawn", "applied"]
+"""Which vector a step moves along: z as drawn, or (W+ - W-) / (2 eps) as 16-bit weights really felt it."""
 
 _CPU_CHUNK_TILES = 256  # 4 MiB of fp32: noise, weights and result stay in the last-level cache
 _CPU_FILL_TILES = 64  # what one thread draws at a time
@@ -61,11 +63,12 @@ class UpdateRule:
 
     noise: Noise
     rounding: Rounding
+    update_along: UpdateAlong = "drawn"
 
     @property
     def identity(self) -> str:
         """Name of the arithmetic, part of the journal's header."""
-        return f"sgd-1/{self.rounding}"
+        return f"sgd-1/{self.update_along}/{self.rounding}"
 
     def perturb(
         self, clean: torch.Tensor, into: torch.Tensor, spans: Sequence[Span], *, seed: int, coefficient: float
@@ -99,7 +102,10 @@ class UpdateRule:
         grads = record.projected_grads
         total: torch.Tensor | None = None
         for direction, grad in enumerate(grads):
-            z = self._draw(direction_seed(record.seed, direction), tiles, weights.device).mul_(grad / len(grads))
+            z = self._draw(direction_seed(record.seed, direction), tiles, weights.device)
+            if self.update_along == "applied":
+                z = _applied(z, weights, zo_eps=record.zo_eps)
+            z.mul_(grad / len(grads))
             total = z if total is None else total.add_(z)
         assert total is not None
         exact = weights.float()
@@ -148,10 +154,22 @@ def _in_threads(fill: Callable[[TileMap, slice], None], tiles: TileMap) -> None:
         job.result()
 
 
+def _applied(z: torch.Tensor, weights: torch.Tensor, *, zo_eps: float) -> torch.Tensor:
+    """What is left of a direction once both probes were rounded to the weights' dtype; overwrites z."""
+    exact = weights.float()
+    step = z.mul_(zo_eps)
+    plus = torch.add(exact, step).to(weights.dtype).float()
+    minus = torch.sub(exact, step, out=exact).to(weights.dtype).float()
+    return torch.sub(plus, minus, out=step).mul_(0.5 / zo_eps)
+
+
 def _round_stochastically(exact: torch.Tensor, dtype: torch.dtype, tiles: TileMap, *, seed: int) -> torch.Tensor:
     """fp32 -> a neighbour on the 16-bit grid, the nearer one more often; values already on the grid stay."""
     bits = torch.empty(exact.shape, dtype=torch.int32, device=exact.device)
-    rounding_bits(bits, seed, tiles)
+    if exact.device.type != "cpu":
+        rounding_bits(bits, seed, tiles)
+    else:
+        _in_threads(lambda part, run: rounding_bits(bits[run], seed, part), tiles)
     if dtype == torch.bfloat16:
         # Adding 0..65535 below the kept half of the word carries into it with the right probability, for either sign.
         return bits.add_(exact.view(torch.int32)).bitwise_and_(-65536).view(torch.float32).to(dtype)
