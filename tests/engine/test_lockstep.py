@@ -270,7 +270,8 @@ def test_model_code_that_catches_exceptions_does_not_stop_the_abort():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("who", ["the failing pass", "a suspended pass"])
-def test_modes_are_restored_after_an_error_inside_them(kind, who):
+@pytest.mark.parametrize("outer", [Doubling, torch.no_grad])
+def test_modes_are_restored_after_an_error_inside_them(kind, who, outer):
     def in_mode():
         with enter_modes(kind):
             if who == "the failing pass":
@@ -285,7 +286,7 @@ def test_modes_are_restored_after_an_error_inside_them(kind, who):
         forever()
 
     def check():
-        with Doubling(), torch.no_grad():
+        with outer():
             before = modes()
             with pytest.raises(ValueError, match="bad batch"):
                 together(in_mode, other, in_mode)

@@ -11,10 +11,12 @@ Invariant: when `march` returns or raises, no pass is suspended and the caller's
 
 import contextvars
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
+from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.overrides import TorchFunctionMode
 
 from zo2trl.zo.estimators import Probe
@@ -29,9 +31,10 @@ class PassAborted(BaseException):
 class _Modes:
     """Torch's thread-local modes: taken from a pass when it is suspended, put back when it goes on."""
 
-    __slots__ = ("autocast", "cache", "functions", "grad")
+    __slots__ = ("autocast", "cache", "functions", "grad", "inference")
 
     def __init__(self) -> None:
+        self.inference = torch.is_inference_mode_enabled()
         self.grad = torch.is_grad_enabled()
         self.cache = torch.is_autocast_cache_enabled()
         self.autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS]
@@ -76,6 +79,7 @@ class Pass(greenlet):
         self.value: Any = None
         self._run = run
         self._modes: _Modes | None = None
+        self._outside: Any = None  # guard that suspends an inference mode the pass is in
 
     def wait_for(self, point: int) -> None:
         """Called from inside the pass: suspend until the point's weights are bound for this pass's probe."""
@@ -88,16 +92,24 @@ class Pass(greenlet):
         self.visits += 1
         self.awaiting = None
         outer = _Modes()
-        if self._modes is None:
-            outer.restore()
-        else:
-            self._modes.restore()
+        self._enter(outer)
         try:
             self.parent = getcurrent()
             self.switch()
         finally:
-            self._modes = _Modes()
-            outer.restore()
+            self._leave(outer)
+
+    def _enter(self, outer: _Modes) -> None:
+        if self._outside is not None:
+            _exit_inference_mode(self._outside)
+            self._outside = None
+        (self._modes or outer).restore()
+
+    def _leave(self, outer: _Modes) -> None:
+        self._modes = _Modes()
+        if torch.is_inference_mode_enabled() != outer.inference:
+            self._outside = _enter_inference_mode(outer.inference)
+        outer.restore()
 
     def _finish(self) -> None:
         self.value = self._run()
@@ -132,12 +144,9 @@ def _abort(p: Pass) -> None:
     if p.dead or not p:
         return
     outer = _Modes()
-    outer.restore()
-    try:
+    p._enter(outer)
+    # Whatever its clean-up code raises in turn: the error that ended the march is the one to be told.
+    with suppress(BaseException):
         p.parent = getcurrent()
         p.throw(PassAborted)
-    except PassAborted:
-        pass
-    finally:
-        _pop_function_modes()
-        outer.restore()
+    p._leave(outer)

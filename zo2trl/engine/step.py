@@ -80,6 +80,7 @@ class Engine:
         Raises:
             LossPrecisionError: a loss is a 16-bit number.
         """
+        self._pending = None
         probes, seed = self.estimator.probes(), self._seeds(step)
         group = max(passes_per_march // len(probes), 1)
         values: list[torch.Tensor] = []
