@@ -1,5 +1,8 @@
 """Promises about losses: heads of 16-bit models answer in fp32, and a 16-bit loss is refused with the reason."""
 
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests.support.toys import batch, opened, toy
+from tests.support.toys import assert_same_weights, batch, opened, plain_run, toy
 from zo2trl.engine.precision import fp32_heads
 from zo2trl.errors import LossPrecisionError
 
@@ -53,7 +56,7 @@ def test_the_loss_of_a_16_bit_model_is_fp32(make, dtype):
     fp32_heads(model)
     loss = model(**inputs(make)).loss
     assert loss.dtype == torch.float32
-    assert float(loss) != float(loss.to(dtype)), "and has more digits than a 16-bit loss could"
+    assert loss.item() != loss.to(dtype).item(), "and has more digits than a 16-bit loss could"
 
 
 @pytest.mark.parametrize("make", [llama, classifier, roberta, t5])
@@ -90,3 +93,71 @@ def test_wider_losses_are_taken(tmp_path, dtype):
     model = toy()
     with opened(model, tmp_path / "store") as engine:
         assert engine.step([lambda: model(batch()).to(dtype)], step=0).is_finite
+
+
+# ------------------------------------------------------------------------------------------------------------- autocast
+
+
+@contextmanager
+def bf16(*, cache: bool):
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+        yield
+
+
+@contextmanager
+def nested():
+    with bf16(cache=False), bf16(cache=True):
+        yield
+
+
+CASTS = {"with cache": partial(bf16, cache=True), "without cache": partial(bf16, cache=False), "nested": nested}
+
+
+@pytest.mark.parametrize("granularity", ["block", "leaf"])
+@pytest.mark.parametrize("projected", [False, True], ids=["plain", "a linear before the blocks"])
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_bf16_autocast_inside_a_pass_gives_the_losses_of_separate_forwards(tmp_path, cast, projected, granularity):
+    model = toy(projected=projected, tied=True)
+    losses, weights = plain_run(model, steps=3, around=cast)
+
+    def loss(step):
+        with cast():
+            return model(batch(step))
+
+    with opened(model, tmp_path / "store", tier="cpu", granularity=granularity) as engine:
+        seen = []
+        for step in range(3):
+            estimate = engine.step([lambda step=step: loss(step)], step=step)
+            engine.commit(learning_rate=0.005, weight_decay=0.0)
+            seen.append((estimate.loss_plus, estimate.loss_minus))
+        assert seen == losses
+        engine.flush()
+        assert_same_weights(model, weights)
+    assert losses != plain_run(toy(projected=projected, tied=True), steps=3)[0], "autocast did change something"
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_bf16_autocast_around_a_whole_march_gives_the_same_losses(tmp_path, cast):
+    model = toy(projected=True)
+    losses, _ = plain_run(model, steps=2, around=cast)
+    with opened(model, tmp_path / "store", tier="cpu") as engine:
+        for step in range(2):
+            with cast():
+                estimate = engine.step([lambda step=step: model(batch(step))], step=step)
+            engine.commit(learning_rate=0.005, weight_decay=0.0)
+            assert (estimate.loss_plus, estimate.loss_minus) == losses[step]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_many_batches_under_autocast_do_not_see_each_others_weights(tmp_path, cast):
+    model = toy(projected=True)
+
+    def loss(i):
+        with cast():
+            return model(batch(i))
+
+    with opened(model, tmp_path / "store", tier="cpu", num_directions=2) as engine:
+        together = engine.step([lambda i=i: loss(i) for i in range(3)], step=0)
+        alone = engine.step([lambda i=i: loss(i) for i in range(3)], step=0, passes_per_march=1)
+        assert together == alone

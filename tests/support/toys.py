@@ -41,6 +41,7 @@ class Toy(nn.Module):
     def __init__(self, blocks: Sequence[nn.Module], *, tied: bool = False, projected: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.embed.weight.data.mul_(0.2)  # a tied head must not be certain of everything
         self.project = nn.Linear(WIDTH, WIDTH) if projected else nn.Identity()
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(WIDTH)
@@ -55,7 +56,7 @@ class Toy(nn.Module):
         return self.head(self.norm(x))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(self.logits(ids).float().flatten(0, 1), ids.flatten())
+        return nn.functional.cross_entropy(self.logits(ids).float().flatten(0, 1), ids.roll(1, 1).flatten())
 
 
 def toy(*, n_blocks: int = 3, seed: int = 0, block: Callable[[], nn.Module] = Block, **kinds: bool) -> Toy:
@@ -117,7 +118,7 @@ def opened(model: nn.Module, folder: Path, *, tier: str = "disk", **choices) -> 
         engine.shutdown()
 
 
-def train(engine: Engine, model: nn.Module, *, steps: int = 3, start: int = 0, lr: float = 0.05, wd: float = 0.0):
+def train(engine: Engine, model: nn.Module, *, steps: int = 3, start: int = 0, lr: float = 0.005, wd: float = 0.0):
     """A few whole steps; the estimates."""
     estimates = []
     for step in range(start, start + steps):
@@ -145,7 +146,7 @@ def direction(tensor_id: int, shape: torch.Size, *, seed: int, kind: str = "rade
 
 
 @torch.no_grad()
-def plain_run(model: nn.Module, *, steps: int, lr: float = 0.05, seed: int = 7, eps: float = 1e-3, around=None):
+def plain_run(model: nn.Module, *, steps: int, lr: float = 0.005, seed: int = 7, eps: float = 1e-3, around=None):
     """(losses, weights) of the loop a textbook would write, on a copy: perturb all, forward, restore, update all."""
     model = copy.deepcopy(model)
     trainable = [(i, p) for i, (_, p) in enumerate(model.named_parameters()) if p.requires_grad]

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from zo2trl.tiers.layout import Layout, Segment, TensorSpec, VisitPoint
 from zo2trl.tiers.store import TieredStore
@@ -46,6 +48,7 @@ class Binding:
         self._rest_views = {}
         self._seen_versions = {}
         self._hooked: list[tuple[nn.Module, Forward | None]] = []
+        self._handles: list[RemovableHandle] = []
 
     # -- states of the parameters
 
@@ -79,7 +82,7 @@ class Binding:
         for unit in self.layout.units:
             for parameter, view in self._home_views(unit.index):
                 parameter.data = view
-        self._seen_versions = {key: p._version for key, p in self._parameters.items()}
+        self.note_versions()
 
     def rest_point(self, point: VisitPoint) -> None:
         """End of a visit outside any march."""
@@ -90,18 +93,28 @@ class Binding:
                 if spec.tensor_id in held:
                     parameter.data = view
 
-    def changed_outside(self) -> bool:
-        """True if somebody wrote into a parameter since it was put to rest (`load_state_dict`, `p.add_`, ...)."""
-        return any(self._parameters[key]._version != version for key, version in self._seen_versions.items())
+    def note_versions(self) -> None:
+        """Take the parameters' values for known."""
+        self._seen_versions = {key: p._version for key, p in self._parameters.items()}
+
+    def changed_outside(self, point: VisitPoint | None = None) -> bool:
+        """True if somebody wrote into a parameter at rest (`load_state_dict`, `p.add_`, ...), of one point or any."""
+        keys = [t.tensor_id for s in point.segments for t in s.tensors] if point is not None else self._seen_versions
+        return any(self._parameters[key]._version != self._seen_versions[key] for key in keys)
 
     # -- hooks
 
-    def hook(self, around: Around, after_stack: Callable[[], None]) -> None:
-        """Route the forward of every visited module through `around`, and call `after_stack` behind each stack.
+    def hook(self, around: Around, *, after_stack: Callable[[], None], before_state: Callable[[], None]) -> None:
+        """Route the forward of every visited module through `around`.
 
         The hook is an instance attribute `forward`: it goes round transformers' checkpointing wrapper and leaves
-        forward (pre-)hooks that others registered where they were.
+        forward (pre-)hooks that others registered where they were. `after_stack` is called behind each stack of
+        blocks, `before_state` before `state_dict` and `load_state_dict` of the model or of a transformers model inside it.
         """
+        for module in self._model.modules():
+            if module is self._model or isinstance(module, PreTrainedModel):
+                self._handles.append(module.register_state_dict_pre_hook(lambda *_: before_state()))
+                self._handles.append(module.register_load_state_dict_pre_hook(lambda *_: before_state()))
         modules = dict(self._model.named_modules())
         for point in self.layout.points[1:]:
             self._wrap(modules[point.module_name], partial(around, point))
@@ -110,6 +123,8 @@ class Binding:
 
     def unhook(self) -> None:
         """Give the modules their own forward back; idempotent."""
+        while self._handles:
+            self._handles.pop().remove()
         while self._hooked:
             module, before = self._hooked.pop()
             if before is None:

@@ -48,8 +48,6 @@ class _Modes:
             torch.set_autocast_dtype(kind, dtype)
         for mode in self.functions:
             torch._C._push_on_torch_function_stack(mode)
-        if any(enabled for _, enabled, _ in self.autocast):
-            torch.clear_autocast_cache()
 
 
 _KINDS = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -107,6 +105,8 @@ class Pass(greenlet):
 
     def _leave(self, outer: _Modes) -> None:
         self._modes = _Modes()
+        if any(enabled for _, enabled, _ in self._modes.autocast):
+            torch.clear_autocast_cache()
         if torch.is_inference_mode_enabled() != outer.inference:
             self._outside = _enter_inference_mode(outer.inference)
         outer.restore()

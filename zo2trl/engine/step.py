@@ -64,7 +64,7 @@ class Engine:
     def _bind(self) -> None:
         self.binding = Binding(self.model, self.store.layout, self.store)
         self.binding.put_to_rest()
-        self.binding.hook(self._around, self._after_stack)
+        self.binding.hook(self._around, after_stack=self._after_stack, before_state=self.flush)
 
     # -- what callers do
 
@@ -126,6 +126,7 @@ class Engine:
     def flush(self) -> None:
         """Bring homes and parameters up to date: from here on `model.state_dict()` shows every finished step."""
         if current_pass() is None:
+            self._adopt_changes()
             self.store.flush()
             self.binding.put_to_rest()
 
@@ -157,8 +158,7 @@ class Engine:
     def _march(self, runs: Sequence[tuple[Closure, Probe]], *, seed: int) -> list[Any]:
         if current_pass() is not None:
             raise MarchError("A march was started from inside another march: a loss closure must only run the model.")
-        if self.binding.changed_outside():
-            self.store.homes_changed()
+        self._adopt_changes()
         self.visited = []
         passes = [Pass(run, probe, first_point=REST) for run, probe in runs]
         with torch.no_grad():
@@ -217,12 +217,19 @@ class Engine:
         if running is not None:
             running.wait_for(point.index)
             return forward(*args, **kwargs)
+        self._adopt_changes(point)
         with self.store.writing_back(), self.store.lease(point) as clean:
             self.binding.bind(point, clean)
             try:
                 return forward(*args, **kwargs)
             finally:
                 self.binding.rest_point(point)
+
+    def _adopt_changes(self, point: VisitPoint | None = None) -> None:
+        # What was written into parameters at rest is at home already; only copies fetched ahead are stale.
+        if self.binding.changed_outside(point):
+            self.store.homes_changed()
+            self.binding.note_versions()
 
     def _after_stack(self) -> None:
         running = current_pass()

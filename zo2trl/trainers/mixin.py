@@ -93,10 +93,6 @@ class ZOTrainerMixin(_Base):
             self._engine_options = self._options()
             self._engine = open_engine(self.model, self._engine_options)
             fp32_heads(self.model)
-            for module in self.model.modules():
-                if isinstance(module, PreTrainedModel) or module is self.model:
-                    module.register_state_dict_pre_hook(partial(_flush, weakref.ref(self._engine)))
-                    module.register_load_state_dict_pre_hook(partial(_flush, weakref.ref(self._engine)))
             self._shutdown = weakref.finalize(self, self._engine.shutdown)
             self._shutdown.atexit = False  # worker threads have ended by then; the journal is already durable
             logger.info(self._engine.store.summary())
@@ -306,9 +302,3 @@ class ZOTrainerMixin(_Base):
         values = dict(mapped.model.named_parameters(remove_duplicate=False))
         self.engine.replace_weights(lambda spec: values[spec.name].detach().to(spec.dtype))
         return True
-
-
-def _flush(engine: "weakref.ref[Engine]", *_: Any) -> None:
-    alive = engine()
-    if alive is not None:
-        alive.flush()
