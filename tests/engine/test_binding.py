@@ -33,7 +33,7 @@ def clean_loss(engine, model):
     return engine.run_clean([lambda: model(batch()).item()])[0]
 
 
-# -------------------------------------------------------------------------------------------------------------- at rest
+# ------------------------------------------------------------------------------------------------------------- at rest
 
 
 @everywhere
@@ -80,7 +80,7 @@ def test_saved_weights_do_not_look_tied_unless_they_are(tmp_path):
         assert len(set(storages)) == len(storages) - 1
 
 
-# ----------------------------------------------------------------------------------------------------------- missed hooks
+# -------------------------------------------------------------------------------------------------------- missed hooks
 
 
 class Peeking(Toy):
@@ -110,7 +110,7 @@ def test_a_leaf_hook_that_is_never_called_gives_nan(tmp_path):
         assert not engine.step([lambda: model(batch())], step=0).is_finite
 
 
-# ------------------------------------------------------------------------------------------------- changes from outside
+# ------------------------------------------------------------------------------------------------ changes from outside
 
 
 @everywhere
@@ -196,7 +196,7 @@ def test_evaluating_in_inference_mode_does_not_freeze_the_weights(tmp_path, tier
         assert clean_loss(engine, model) == other(batch()).item()
 
 
-# -------------------------------------------------------------------------------------------------------- plain forwards
+# ------------------------------------------------------------------------------------------------------ plain forwards
 
 
 @everywhere
@@ -243,7 +243,7 @@ def test_an_exception_in_a_plain_forward_puts_the_parameters_to_rest(tmp_path):
         assert model(batch()).item() == clean_loss(engine, model) == expected
 
 
-# --------------------------------------------------------------------------------------------------------------- the end
+# ------------------------------------------------------------------------------------------------------------- the end
 
 
 @everywhere

@@ -124,7 +124,7 @@ def test_whatever_was_decided_training_equals_the_textbook_loop(tmp_path, odd):
         assert all(torch.equal(p.detach(), weights[name]) for name, p in model.named_parameters())
 
 
-# ------------------------------------------------------------------------------------------- where whole blocks do not fit
+# --------------------------------------------------------------------------------------- where whole blocks do not fit
 
 
 def tight(model):
@@ -149,6 +149,14 @@ def test_ordinary_blocks_pass_without_a_comparison(tmp_path):
     assert leaf_blocks_after(model, tmp_path / "store", budgets=tight(model)) == names(3)
 
 
+@pytest.mark.parametrize("odd", [ReadsItsChild, CallsTwice])
+def test_a_budget_that_holds_whole_blocks_is_enough_to_keep_them_whole(tmp_path, odd):
+    # By leaf this budget keeps more blocks resident; they must not take the room that whole blocks need.
+    model = Toy([odd() for _ in range(6)])
+    whole = smallest_device_budget(plan_layout(model))
+    assert leaf_blocks_after(model, tmp_path / "store", budgets=Budgets(device=whole, cpu=10**9)) == set()
+
+
 def test_a_block_that_must_stay_whole_and_does_not_fit_is_refused_with_the_way_out(tmp_path):
     model = Toy([ReadsItsChild() for _ in range(3)])
     with pytest.raises(MarchError, match='raise `device_memory` and set `granularity="block"`'):
@@ -161,7 +169,7 @@ def test_a_leaf_called_twice_that_cannot_stay_whole_is_refused(tmp_path):
         leaf_blocks_after(model, tmp_path / "store", budgets=tight(model))
 
 
-# ---------------------------------------------------------------------------------------------------------------- timing
+# -------------------------------------------------------------------------------------------------------------- timing
 
 
 def test_nothing_is_discovered_once_steps_were_made(tmp_path):

@@ -95,7 +95,7 @@ def test_wider_losses_are_taken(tmp_path, dtype):
         assert engine.step([lambda: model(batch()).to(dtype)], step=0).is_finite
 
 
-# ------------------------------------------------------------------------------------------------------------- autocast
+# ------------------------------------------------------------------------------------------------------------ autocast
 
 
 @contextmanager
@@ -143,6 +143,7 @@ def test_bf16_autocast_around_a_whole_march_gives_the_same_losses(tmp_path, cast
     with opened(model, tmp_path / "store", tier="cpu") as engine:
         for step in range(2):
             with cast():
+                model(batch())  # fills the cache with clean weights
                 estimate = engine.step([lambda step=step: model(batch(step))], step=step)
             engine.commit(learning_rate=0.005, weight_decay=0.0)
             assert (estimate.loss_plus, estimate.loss_minus) == losses[step]

@@ -1,4 +1,4 @@
-"""Promises of one step: exact on a quadratic, equal to the textbook loop bit for bit, weights clean whatever happens."""
+"""Promises of one step: exact on a quadratic, equal to the textbook loop bit for bit, weights clean on any error."""
 
 import math
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.support.toys import (
     TIERS,
+    Block,
     Quadratic,
     assert_same_weights,
     batch,
@@ -102,6 +103,59 @@ def test_tied_weights_get_one_direction_and_one_update(tmp_path, tier):
         assert model.head.weight is model.embed.weight and model.layers[2].up.weight is model.layers[0].up.weight
 
 
+def with_a_block_twice():
+    model = toy()
+    model.layers.insert(2, model.layers[0])
+    return model
+
+
+def with_a_module_in_two_blocks():
+    class Hybrid(Block):
+        def forward(self, x):
+            return super().forward(self.shared(x))
+
+    model = toy(n_blocks=4, block=Hybrid)
+    shared, spare = Block(), [Block(), Block()]
+    for layer, module in zip(model.layers, [shared, spare[0], shared, spare[1]], strict=True):
+        layer.shared = module
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["block", "leaf"])
+@pytest.mark.parametrize("make", [with_a_block_twice, with_a_module_in_two_blocks])
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_module_that_is_used_at_two_places_is_one_module(tmp_path, tier, make, granularity):
+    model = make()
+    losses, weights = plain_run(model, steps=2)
+    with opened(model, tmp_path / "store", tier=tier, granularity=granularity) as engine:
+        assert [(e.loss_plus, e.loss_minus) for e in train(engine, model, steps=2)] == losses
+        engine.flush()
+        assert_same_weights(model, weights)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_run_rounded_to_nearest_equals_the_textbook_loop(tmp_path, tier, dtype):
+    model = toy(tied=True).to(dtype)
+    losses, weights = plain_run(model, steps=3)
+    with opened(model, tmp_path / "store", tier=tier, rounding="nearest", write_back_every=2) as engine:
+        assert [(e.loss_plus, e.loss_minus) for e in train(engine, model, steps=3)] == losses
+        engine.flush()
+        assert_same_weights(model, weights)
+
+
+def test_weight_decay_shrinks_the_named_weights_only(tmp_path):
+    model = toy()
+    before = weights_of(model)
+    with opened(model, tmp_path / "store", decay_names=["layers.0.up.weight"]) as engine:
+        engine.step([lambda: model(batch())], step=0)
+        engine.commit(learning_rate=0.5, weight_decay=0.5, projected_grads=[0.0])
+        engine.flush()
+    for name, parameter in model.named_parameters():
+        shrunk = before[name] - before[name] * 0.5 * 0.5 if name == "layers.0.up.weight" else before[name]
+        assert torch.equal(parameter.detach(), shrunk), name
+
+
 @pytest.mark.parametrize("granularity", ["block", "leaf"])
 def test_frozen_weights_see_no_perturbation_and_no_update(tmp_path, granularity):
     model = toy()
@@ -144,7 +198,7 @@ def test_a_mezo_run_equals_mezos_own_loop(tmp_path, tier):
         assert_same_weights(model, weights_of(reference))
 
 
-# -------------------------------------------------------------------------------------------------------- micro-batches
+# ------------------------------------------------------------------------------------------------------- micro-batches
 
 
 def test_a_probes_loss_is_the_sum_over_micro_batches_however_they_are_marched(tmp_path):
@@ -178,7 +232,7 @@ def test_directions_of_a_step_differ(tmp_path):
         assert len(set(engine.step([lambda: model(batch())], step=0).projected_grads)) == 4
 
 
-# ------------------------------------------------------------------------------------------------------- clean and finite
+# ---------------------------------------------------------------------------------------------------- clean and finite
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -254,7 +308,7 @@ def test_the_record_holds_what_was_applied(tmp_path):
         ]  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# -------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -7,6 +7,7 @@ and with the truth.
 import warnings
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,51 @@ def test_the_write_back_interval_changes_nothing(name: str, every: int, tmp_path
         trainer.train()
         assert [log["zo/loss_plus"] for log in step_logs(trainer)] == [step.loss_plus for step in steps]
         assert differing(weights_of(trainer.model), weights) == []
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gaussian": {"direction": "gaussian"},
+    "mezo": {"direction": "mezo"},
+    "directions-decay-schedule": {"num_directions": 3, "weight_decay": 0.1, "lr_scheduler_type": "cosine"},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    "bf16-stochastic": {},
+    "bf16-nearest": {"rounding": "nearest", "learning_rate": 0.1},
+    "fp16": {},
+    "mostly-frozen": {},
+}
+
+
+@cache
+def run_with(name: str, place: str, setting: str) -> tuple[list[float], Weights]:
+    """Losses and final weights of a run with other than the plain algorithm's settings."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    model = tiny_model(name, dtype=dtypes.get(setting.split("-")[0], torch.float32))
+    if setting == "mostly-frozen":
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name.endswith("bias") or "norm" in parameter_name.lower())
+    with TemporaryDirectory() as folder:
+
+        def make_trainer(**options: Any) -> ZOTrainer:
+            return zo_trainer(Path(folder) / "run", model, tiny_rows(name, 12), **SETTINGS[setting], **options)
+
+        budgets = PLACES[place]
+        if place.startswith("mixed"):
+            budgets = budgets_for_all_tiers(make_trainer, budgets["granularity"])
+        with closing(make_trainer(**budgets)) as trainer:
+            trainer.train()
+            return [log["zo/loss_minus"] for log in step_logs(trainer)], weights_of(trainer.model)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["opt", "llama-tied", "t5"])
+@pytest.mark.parametrize("place", ["cpu-block", "disk-leaf", "mixed-block"])
+def test_other_settings_give_the_same_bits_in_every_place(name: str, setting: str, place: str) -> None:
+    losses, weights = run_with(name, "on-device", setting)
+    found_losses, found = run_with(name, place, setting)
+    assert found_losses == losses
+    assert differing(found, weights) == []
+    original = tiny_model(name).to(next(iter(weights.values())).dtype)
+    assert differing(weights_of(original), weights) != []
 
 
 @every_model

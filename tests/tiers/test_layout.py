@@ -1,5 +1,6 @@
 """Promises of the layout: every parameter in exactly one place, that place the same at any granularity."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -57,7 +58,7 @@ def check(model: nn.Module, layout: Layout) -> None:
         assert [t.tensor_id for t in unit.tensors] == sorted(t.tensor_id for t in unit.tensors)
         covered = sorted((s.byte_start, s.n_bytes) for s in layout.segments if s.unit is unit)
         assert sum(n for _, n in covered) == unit.n_bytes, "segments cover the unit"
-        assert all(a + n == b for (a, n), (b, _) in zip(covered, covered[1:], strict=False)), "and do not overlap"
+        assert all(a + n == b for (a, n), (b, _) in itertools.pairwise(covered)), "and do not overlap"
 
 
 def check_spans(layout: Layout) -> None:

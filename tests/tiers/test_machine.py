@@ -47,7 +47,7 @@ def test_min_is_left_to_the_planner():
 
 
 def test_min_host_memory_is_refused_with_the_way_out():
-    with pytest.raises(ConfigError, match="cpu_memory.*0"):
+    with pytest.raises(ConfigError, match=r"cpu_memory.*0"):
         budgets("auto", "min")
 
 

@@ -1,4 +1,7 @@
-"""Promises of the planner: never over budget, as much resident as fits, refusals that name both numbers and a way out."""
+"""Promises of the planner: never over budget, as much resident as fits, refusals with both numbers and a way out."""
+
+import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -12,6 +15,7 @@ from zo2trl.tiers.placement import (
     format_bytes,
     parse_size,
     place,
+    place_again,
     scratch_bytes,
     smallest_device_budget,
     spread,
@@ -122,7 +126,7 @@ def test_chosen_positions_are_spread_evenly(count, total):
     assume(count <= total)
     chosen = spread(count, total)
     assert len(chosen) == len(set(chosen)) == count and all(0 <= i < total for i in chosen)
-    gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -132,7 +136,7 @@ def test_resident_blocks_lie_evenly_between_streamed_ones(layout, share):
     device = smallest_device_budget(layout) + int(share * sum(unit.n_bytes for unit in layout.units))
     tiers = place(layout, Budgets(device=device, cpu=0)).tier_of
     resident = [unit.index for unit in layout.units[1:] if tiers[unit.index] == "gpu"]
-    gaps = [b - a for a, b in zip(resident, resident[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(resident)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -142,6 +146,31 @@ def test_a_wider_ring_is_taken_where_there_is_room():
     one_more = layout.segments[1].n_bytes
     assert place(layout, Budgets(device=smallest, cpu=0)).n_slots == 2
     assert place(layout, Budgets(device=smallest + one_more, cpu=0)).n_slots == 3
+
+
+def whole(layout):
+    """The same units with every block visited at once."""
+    points = []
+    for unit in layout.units:
+        segment = replace(layout.segments[0], index=unit.index, unit=unit, byte_start=0, n_bytes=unit.n_bytes)
+        points.append(replace(layout.points[0], index=unit.index, segments=(segment,)))
+    return replace(layout, points=tuple(points))
+
+
+@settings(max_examples=80, deadline=None)
+@given(layout=layouts, share=st.floats(0, 1.2), cpu_share=st.floats(0, 1))
+def test_another_granularity_moves_no_unit_and_keeps_to_the_budget(layout, share, cpu_share):
+    everything = sum(unit.n_bytes for unit in layout.units)
+    device = smallest_device_budget(layout) + int(share * everything)
+    budgets = Budgets(device=device, cpu=int(cpu_share * everything))
+    homes = place(layout, budgets)
+    assert place_again(layout, homes, budgets) == homes
+    try:
+        again = place_again(whole(layout), homes, budgets)
+    except BudgetError:
+        return
+    assert again.tier_of == homes.tier_of and again.cpu_bytes == homes.cpu_bytes
+    assert bytes_needed(whole(layout), again) <= again.device_bytes <= device
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -179,7 +208,7 @@ def test_auto_and_min_are_passed_through(word):
     "wrong", ["8 gigs", "", "-1GB", "GB", "1,000", "8GBB", "0x10", -1, 1.5, True, float("nan"), float("inf"), None, []]
 )
 def test_anything_else_is_refused_by_the_arguments_name(wrong):
-    with pytest.raises(ConfigError, match="`cpu_memory` is .*not a size"):
+    with pytest.raises(ConfigError, match=r"`cpu_memory` is .*not a size"):
         parse_size(wrong, argument="cpu_memory")
 
 

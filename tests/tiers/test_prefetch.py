@@ -1,11 +1,10 @@
-"""Promises of fetching ahead: the right bytes whatever was guessed, errors reach the waiter, slots are never shared."""
+"""Promises of fetching ahead: right bytes whatever was guessed, errors reach the waiter, slots are never shared."""
 
 import threading
 import time
 from concurrent.futures import Future
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -137,22 +137,20 @@ def test_blocks_visited_in_another_order_or_only_some_of_them_are_right_too(tmp_
 
 
 class LateReads(DiskTier):
-    """A slow reader: once `held` is set, reads of that segment wait until its unit has been published anew."""
+    """A slow reader: once `held`, whoever looks at a home dawdles, until the unit is published anew if that can be."""
 
     def __init__(self, folder, *, fs):
         super().__init__(folder, fs=fs)
-        self.held, self.published = None, threading.Event()
+        self.held, self.published = False, threading.Event()
 
-    def read(self, segment, into):
-        if segment.index == self.held:
-            self.published.wait(2)
-        super().read(segment, into)
+    def view(self, unit):
+        if self.held:
+            self.published.wait(0.3)
+        return super().view(unit)
 
-    def write(self, segment, data, *, version):
-        done = super().write(segment, data, version=version)
-        if done:
-            self.published.set()
-        return done
+    def publish(self, unit):
+        super().publish(unit)
+        self.published.set()
 
 
 def test_a_leaf_read_while_its_unit_is_published_does_not_absorb_a_step_twice(tmp_path):
@@ -164,10 +162,10 @@ def test_a_leaf_read_while_its_unit_is_published_does_not_absorb_a_step_twice(tm
 
     with open_store(model, tmp_path, tier="disk", by_leaf=True, disk=disk) as store:
         first, *others = store.layout.points[1:]
-        (segment,), spec = first.segments, first.segments[0].tensors[0]
+        spec = first.segments[0].tensors[0]
         store.append(record(0))
         with store.lease(first):
-            disks[0].held = segment.index  # the ring may read this leaf again before the unit's last leaf is written
+            disks[0].held = True  # the ring may read this leaf again before the unit's last leaf is written
         for point in others:
             with store.lease(point):
                 pass
@@ -359,10 +357,10 @@ def test_a_failing_load_surfaces_in_the_lease(tmp_path):
     class Unreadable(DiskTier):
         broken = False
 
-        def read(self, segment, into):
+        def view(self, unit):
             if self.broken:
                 raise StoreError("layers.1 cannot be read")
-            super().read(segment, into)
+            return super().view(unit)
 
     disks = []
 

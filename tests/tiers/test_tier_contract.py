@@ -29,8 +29,10 @@ def make_tier(name, units, folder, fs=None):
 class Rig:
     """A tier that has adopted the blocks of a toy model, cut in leaves."""
 
-    def __init__(self, name, folder, *, fs=None, dtype=torch.float32):
+    def __init__(self, name, folder, *, fs=None, dtype=torch.float32, frozen=None):
         self.model = toy().to(dtype)
+        for parameter_name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(frozen is None or frozen not in parameter_name)
         self.layout = plan_layout(self.model, leaf_blocks="all")
         self.units = [unit for unit in self.layout.units if unit.kind == "block"]
         self.tier = make_tier(name, self.units, folder, fs)
@@ -41,12 +43,14 @@ class Rig:
         return [segment for segment in self.layout.segments if segment.unit is unit]
 
     def read(self, segment):
-        into = torch.full((segment.n_bytes,), 99, dtype=torch.uint8)
-        self.tier.read(segment, into)
-        return into
+        return self.tier.view(segment.unit)[segment.byte_start : segment.byte_start + segment.n_bytes].clone()
 
     def write(self, segment, fill, version):
-        return self.tier.write(segment, torch.full((segment.n_bytes,), fill, dtype=torch.uint8), version=version)
+        """Write one segment, and publish if that may be; whether it was."""
+        complete = self.tier.write(segment, torch.full((segment.n_bytes,), fill, dtype=torch.uint8), version=version)
+        if complete:
+            self.tier.publish(segment.unit)
+        return complete
 
     def write_unit(self, unit, fill, version):
         return [self.write(segment, fill, version) for segment in self.segments(unit)]
@@ -84,11 +88,19 @@ def test_a_home_shows_the_adopted_tensors_and_zero_padding(rig):
             assert torch.count_nonzero(padding) == 0
 
 
-def test_reading_gives_the_bytes_that_the_view_shows(rig):
-    for unit in rig.units:
-        for segment in rig.segments(unit):
-            shown = rig.tier.view(unit)[segment.byte_start : segment.byte_start + segment.n_bytes]
-            assert torch.equal(rig.read(segment), shown)
+@pytest.mark.parametrize("name", TIERS)
+def test_frozen_segments_keep_their_bytes_when_only_trainable_ones_are_written(tmp_path, name):
+    rig = Rig(name, tmp_path, frozen="norm")
+    unit = rig.units[0]
+    before = rig.tier.view(unit).clone()
+    answers = [rig.write(segment, 7, 1) for segment in rig.segments(unit) if segment.is_trainable]
+    assert answers[-1] is True
+    for segment in rig.segments(unit):
+        part = slice(segment.byte_start, segment.byte_start + segment.n_bytes)
+        assert torch.equal(
+            rig.read(segment), torch.full_like(before[part], 7) if segment.is_trainable else before[part]
+        )
+    rig.tier.close()
 
 
 @pytest.mark.parametrize("backwards", [False, True])

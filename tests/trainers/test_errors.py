@@ -1,4 +1,4 @@
-"""Bad input: one clear error with fact, numbers and cure, before anything is moved; and losses that are not numbers."""
+"""Bad input: one clear error with fact and cure before anything is moved; and losses that are no numbers."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import default_data_collator
 
-from tests.support.models import VOCABULARY, tiny_batch, tiny_model, tiny_rows
+from tests.support.models import FAMILIES, VOCABULARY, tiny_batch, tiny_model, tiny_rows
 from tests.support.plain import PlainZO
 from tests.support.runs import (
     EVERYTHING_ON_DEVICE,
@@ -25,6 +25,7 @@ from tests.support.runs import (
     weights_of,
     zo_trainer,
 )
+from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.step import MAX_SKIPS_IN_A_ROW
 from zo2trl.errors import (
     BudgetError,
@@ -36,6 +37,8 @@ from zo2trl.errors import (
     StoreLocked,
     TrainingDiverged,
 )
+from zo2trl.tiers.fs import FS
+from zo2trl.tiers.placement import Budgets
 from zo2trl.zo.records import SkipRecord
 
 
@@ -151,6 +154,21 @@ def test_a_finished_trainer_gives_its_folder_free(tmp_path: Path) -> None:
     assert len(list((tmp_path / "store").glob("journal*"))) == 2  # the steps of the earlier run are kept
 
 
+def test_after_a_failed_start_the_folder_is_free_again(tmp_path: Path) -> None:
+    class FullDisk(FS):
+        def create(self, path: Path, n_bytes: int) -> int:
+            if "@" in path.name:
+                raise StoreError(f"No space left for {path}.")
+            return super().create(path, n_bytes)
+
+    options = EngineOptions(
+        budgets=Budgets(device="min", cpu=0), device=torch.device("cpu"), store_dir=tmp_path, seed=0
+    )  # fmt: skip
+    with pytest.raises(StoreError, match="No space left"):
+        open_engine(tiny_model("opt"), options, fs=FullDisk())
+    open_engine(tiny_model("opt"), options).shutdown()
+
+
 # -- data
 
 
@@ -193,6 +211,14 @@ def test_a_model_without_a_trainable_parameter_is_refused(tmp_path: Path) -> Non
     model = tiny_model("opt").requires_grad_(False)
     with pytest.raises(ConfigError, match="requires_grad"):
         zo_trainer(tmp_path, model, tiny_rows("opt", 4))
+
+
+def test_a_model_without_weights_is_refused_before_any_work(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = FAMILIES["opt"].make()
+    with pytest.raises(ConfigError, match=r"embed_tokens\.weight.*meta"):
+        zo_trainer(tmp_path, model, tiny_rows("opt", 4))
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("make_one", [zo_trainer, sft_trainer], ids=["trainer", "sft"])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback, default_data_collator
 
@@ -17,6 +18,8 @@ from tests.support.runs import (
     STREAMED_FROM_DISK,
     closing,
     differing,
+    prompts,
+    sft_trainer,
     step_logs,
     weights_of,
     zo_trainer,
@@ -120,6 +123,26 @@ def test_state_dict_and_generation_inside_a_callback_see_the_finished_step(place
         assert torch.equal(answer, model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False))
 
 
+@PLACES
+def test_a_forward_of_the_users_own_sees_the_finished_step(place: dict, tmp_path: Path) -> None:
+    batch, seen = tiny_batch("opt", seed=3), []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                seen.append(model.eval()(**batch).loss.item())
+
+    run = one_batch()
+    run["extra"]["callbacks"] = [Look()]
+    with closing(zo_trainer(tmp_path, tiny_model("opt"), **run, **LAZY, **place)) as trainer:
+        trainer.train()
+    for loss, weights in zip(seen, after_each_step(3), strict=True):
+        model = tiny_model("opt")
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            assert loss == model(**batch).loss.item()
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral", "t5"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_generation_from_disk_equals_generation_in_memory(name: str, options: dict, tmp_path: Path) -> None:
@@ -161,6 +184,21 @@ def test_the_best_model_is_loaded_at_the_end(name: str, place: dict, tmp_path: P
         model_class = type(trainer.model)
     assert differing(loaded, weights_of(model_class.from_pretrained(tmp_path / f"checkpoint-{best}"))) == []
     assert best < 4, "the last model is the best one, so this run shows nothing: choose another learning rate"
+
+
+@PLACES
+def test_the_best_adapter_is_loaded_at_the_end(place: dict, tmp_path: Path) -> None:
+    options = {
+        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4,
+        "load_best_model_at_end": True, "learning_rate": 0.3, "write_back_every": 1000, "seed": 3,
+    }  # fmt: skip
+    extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
+    extra["eval_dataset"] = prompts(4, start=50)
+    with closing(sft_trainer(tmp_path, tiny_model("opt"), extra=extra, **options, **place)) as trainer:
+        trainer.train()
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert losses.index(min(losses)) < 3, "the last adapter is the best one, so this run shows nothing"
+        assert trainer.evaluate()["eval_loss"] == min(losses)
 
 
 @PLACES

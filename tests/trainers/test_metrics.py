@@ -1,4 +1,4 @@
-"""What the logs say: every promised key, means since the last log, tokens counted once, train metrics filed as such."""
+"""What the logs say: every promised key, means since the last log, tokens counted once, metrics of training filed so."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_training_logs_have_every_promised_key(tmp_path: Path) -> None:
         logs = step_logs(trainer)
     assert len(logs) == 3
     for log in logs:
-        assert KEYS <= log.keys()
+        assert log.keys() >= KEYS
         assert log["loss"] == pytest.approx((log["zo/loss_plus"] + log["zo/loss_minus"]) / 2, abs=1e-6)
         assert log["grad_norm"] == pytest.approx(abs(log["zo/projected_grad"]))
         assert log["zo/projected_grad"] == pytest.approx((log["zo/loss_plus"] - log["zo/loss_minus"]) / 2e-3)
@@ -48,7 +48,7 @@ def test_callbacks_and_reporters_get_the_same_keys(tmp_path: Path) -> None:
         zo_trainer(tmp_path, tiny_model("opt"), tiny_rows("opt", 6), extra={"callbacks": [Reporter()]})
     ) as trainer:
         trainer.train()
-    assert KEYS <= seen[0].keys()
+    assert seen[0].keys() >= KEYS
     assert "zo/projected_grad" not in seen[-1]  # the summary of the run is no step
 
 

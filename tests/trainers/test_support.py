@@ -10,7 +10,7 @@ from transformers import TrainingArguments, get_constant_schedule
 
 from tests.support.models import tiny_model, tiny_rows
 from tests.support.runs import closing, prompts, sft_trainer, zo_trainer
-from zo2trl import ZOConfig
+from zo2trl import ZOConfig, ZOSFTConfig, ZOTrainer
 from zo2trl.errors import ConfigError, UnsupportedError, ZO2TRLError
 from zo2trl.trainers.support import check_arguments
 
@@ -46,6 +46,8 @@ def test_gradient_checkpointing_is_ignored_with_a_warning_that_says_why(name: st
         ("adam_epsilon", 1e-4),
         ("neftune_noise_alpha", 5.0),
         ("ddp_find_unused_parameters", False),
+        ("torch_compile", True),
+        ("torch_empty_cache_steps", 4),
     ],
 )
 def test_a_choice_without_effect_is_warned_about_once_by_name(name: str, value: Any, tmp_path: Path) -> None:
@@ -67,11 +69,12 @@ def test_a_noise_that_is_announced_as_ignored_is_ignored(tmp_path: Path) -> None
     assert losses[0] == losses[1]
 
 
-def test_defaults_are_not_warned_about(tmp_path: Path) -> None:
-    for config in (ZOConfig(output_dir=str(tmp_path), use_cpu=True),):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            check_arguments(config)
+@pytest.mark.parametrize("config_class", [ZOConfig, ZOSFTConfig])
+def test_defaults_are_not_warned_about(config_class: Any, tmp_path: Path) -> None:
+    config = config_class(output_dir=str(tmp_path), use_cpu=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_arguments(config)
 
 
 # -- refused
@@ -134,8 +137,6 @@ def test_an_optimizer_of_the_users_is_refused_with_what_to_set_instead(tmp_path:
 
 
 def test_an_optimizer_passed_by_position_is_refused_too(tmp_path: Path) -> None:
-    from zo2trl import ZOTrainer
-
     model = tiny_model("opt")
     optimizer = torch.optim.AdamW(model.parameters())
     config = ZOConfig(output_dir=str(tmp_path), use_cpu=True)

@@ -1,4 +1,4 @@
-"""ZOTrainer does what a Trainer does: schedules, decay, clipping, callbacks, several runs; with forward passes only."""
+"""ZOTrainer does what a Trainer does: schedules, decay, clipping, callbacks, several runs; by forward passes only."""
 
 import gc
 import inspect
@@ -23,6 +23,7 @@ from tests.support.runs import (
     zo_trainer,
 )
 from zo2trl import ZOConfig, ZOTrainer
+from zo2trl.zo.noise import TILE, TileMap, make_noise
 
 PLACES = pytest.mark.parametrize("place", [EVERYTHING_ON_DEVICE, STREAMED_FROM_DISK], ids=["device", "disk"])
 
@@ -200,6 +201,47 @@ def test_a_model_can_be_made_by_model_init(tmp_path: Path) -> None:
     with closing(again):
         again.train()
         assert [log["zo/loss_plus"] for log in made] == [log["zo/loss_plus"] for log in step_logs(again)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"dataloader_num_workers": 2}, {"auto_find_batch_size": True}, {"use_cache": True}]
+)
+def test_how_batches_arrive_changes_nothing(options: dict, tmp_path: Path) -> None:
+    runs = []
+    for i, chosen in enumerate(({}, options)):
+        rows, place = tiny_rows("opt", 8), {**STREAMED_FROM_DISK, **chosen}
+        with closing(zo_trainer(tmp_path / str(i), tiny_model("opt"), rows, **place)) as trainer:
+            trainer.train()
+            runs.append([log["zo/projected_grad"] for log in step_logs(trainer)])
+    assert runs[0] == runs[1]
+
+
+class Parabola(torch.nn.Module):
+    """loss = |w - target|^2 / 2 on any module, no transformer: the slope along z is z . (w - target) at any eps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.linspace(-1, 1, 300))
+
+    def forward(self, target: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.w.double() - target[0]).square().sum() / 2}
+
+
+@pytest.mark.parametrize("zo_eps", [1e-3, 0.5])
+def test_on_a_parabola_the_projected_gradient_is_the_exact_slope(zo_eps: float, tmp_path: Path) -> None:
+    rows = [{"target": torch.zeros(300), "labels": torch.zeros(())}] * 8
+    with closing(zo_trainer(tmp_path, Parabola(), rows, zo_eps=zo_eps)) as trainer:
+        trainer.train()
+        records = list(trainer.engine.store.journal.records)
+        final = trainer.model.w.detach().clone()
+    w = Parabola().w.detach()
+    for record in records:
+        z = torch.empty(TILE)
+        make_noise("rademacher").fill(z, record.seed, TileMap.for_tensors([(0, 300)]))
+        slope = (z[:300].double() @ w.double()).item()
+        assert record.projected_grads[0] == pytest.approx(slope, abs=1e-3)
+        w = w - z[:300] * record.projected_grads[0] * 1e-3
+    assert torch.equal(w, final)
 
 
 # -- several runs

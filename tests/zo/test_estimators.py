@@ -1,4 +1,4 @@
-"""Promises of the two-sided estimate: exact on quadratics, right on average, honest about losses that are not finite."""
+"""Promises of the two-sided estimate: exact on quadratics, right on average, honest about infinite losses."""
 
 import math
 

@@ -1,5 +1,6 @@
 """Promises of perturbing and replaying: clean bytes stay clean, rounding is fair, laziness never shows in a bit."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from tests.support.stores import record, rule
 from zo2trl.zo import rules
 from zo2trl.zo.noise import TILE, TileMap, derive_seed, make_noise
 from zo2trl.zo.records import SkipRecord, StepRecord
-from zo2trl.zo.rules import Span, direction_seed
+from zo2trl.zo.rules import Span, UpdateRule, direction_seed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -104,6 +105,24 @@ def test_a_step_is_sgd_on_the_mean_of_its_directions_plus_decay(wd, decays):
     assert torch.equal(span.view(replayed(buffer, span, [step])), w - slope * 0.25)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_along_the_applied_direction_a_step_moves_what_the_probes_really_moved(dtype):
+    along = UpdateRule(noise=make_noise("gaussian"), rounding="nearest", update_along="applied")
+    span = span_of([3000], dtype)
+    buffer, step = random_buffer(span, scale=1.0), record(2, grad=-0.5, lr=0.25)
+    probes = [torch.empty_like(buffer) for _ in range(2)]
+    for probe, sign in zip(probes, (1, -1), strict=True):
+        along.perturb(buffer, probe, [span], seed=step.seed, coefficient=sign * step.zo_eps)
+    plus, minus = (span.view(probe).float() for probe in probes)
+    exact = span.view(buffer).float() - (plus - minus) * (0.5 / step.zo_eps) * -0.5 * 0.25
+    moved = buffer.clone()
+    along.replay(moved, [span], [step])
+    assert torch.equal(span.view(moved), exact.to(dtype))
+    still = plus == minus
+    assert torch.equal(span.view(moved)[still], span.view(buffer)[still])
+    assert bool(still[:3000].any()) == (dtype != torch.float32), "at eps 1e-3 some 16-bit weights feel nothing"
+
+
 def test_a_skipped_step_changes_nothing():
     span = span_of([100], torch.bfloat16)
     buffer = random_buffer(span)
@@ -138,7 +157,7 @@ def test_lazy_equals_eager_bit_for_bit_in_any_chunks(numels, dtype, rounding, cu
     bounds = [0, *sorted(cuts), len(steps)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rules, "_CPU_CHUNK_TILES", chunk)
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             in_parts = replayed(in_parts, span, steps[start:stop], rounding=rounding)
     assert torch.equal(at_once, in_parts)
     assert torch.count_nonzero(span.view(at_once)[is_padding(span)]) == 0
@@ -255,5 +274,10 @@ def test_fp16_weights_stop_at_the_largest_number_instead_of_overflowing():
     assert bool(stored.isfinite().all()) and float(stored.max()) == 65504.0
 
 
-def test_the_arithmetic_has_a_name_that_tells_roundings_apart():
-    assert rule("nearest").identity != rule("stochastic").identity
+def test_each_arithmetic_has_a_name_of_its_own():
+    names = {
+        UpdateRule(noise=make_noise("rademacher"), rounding=rounding, update_along=along).identity
+        for rounding in ("nearest", "stochastic")
+        for along in ("drawn", "applied")
+    }
+    assert len(names) == 4

@@ -108,18 +108,17 @@ class Binding:
         """Route the forward of every visited module through `around`.
 
         The hook is an instance attribute `forward`: it goes round transformers' checkpointing wrapper and leaves
-        forward (pre-)hooks that others registered where they were. `after_stack` is called behind each stack of
-        blocks, `before_state` before `state_dict` and `load_state_dict` of the model or of a transformers model inside it.
+        forward (pre-)hooks that others registered where they were. `after_stack` is called behind each stack,
+        `before_state` before `state_dict` and `load_state_dict` of the model or of a transformers model in it.
         """
         for module in self._model.modules():
             if module is self._model or isinstance(module, PreTrainedModel):
                 self._handles.append(module.register_state_dict_pre_hook(lambda *_: before_state()))
                 self._handles.append(module.register_load_state_dict_pre_hook(lambda *_: before_state()))
-        modules = dict(self._model.named_modules())
         for point in self.layout.points[1:]:
-            self._wrap(modules[point.module_name], partial(around, point))
+            self._wrap(self._model.get_submodule(point.module_name), partial(around, point))
         for name in self.layout.stack_ends:
-            self._wrap(modules[name], _followed_by(after_stack))
+            self._wrap(self._model.get_submodule(name), _followed_by(after_stack))
 
     def unhook(self) -> None:
         """Give the modules their own forward back; idempotent."""

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from zo2trl.engine.opening import EngineOptions, plan_engine
+from zo2trl.engine.opening import EngineOptions, plan_again
 from zo2trl.engine.step import Engine
 from zo2trl.errors import BudgetError, MarchError
 from zo2trl.tiers.layout import Layout
@@ -58,7 +58,7 @@ def settle_granularity(engine: Engine, loss: Callable[[], torch.Tensor], *, opti
         logger.warning(
             "%d blocks (%s ...) are visited whole: no leaf of them can be visited alone.", len(whole), whole[0]
         )
-    plan = plan_engine(engine.model, options, leaf_blocks=good)
+    plan = plan_again(engine.model, options, homes=engine.store.placement, leaf_blocks=good)
     engine.regranulate(plan.layout, plan.placement)
 
 
@@ -67,7 +67,7 @@ def _loss_with_leaves(
 ) -> float | None:
     """The loss at clean weights with these blocks visited by leaf and the others whole; None if that does not fit."""
     try:
-        plan = plan_engine(engine.model, options, leaf_blocks=leaf_blocks)
+        plan = plan_again(engine.model, options, homes=engine.store.placement, leaf_blocks=leaf_blocks)
     except BudgetError:
         return None
     engine.regranulate(plan.layout, plan.placement)
@@ -82,11 +82,10 @@ def _visits_twice(engine: Engine, group: frozenset[str]) -> bool:
 
 
 def _groups(layout: Layout, engine: Engine) -> list[frozenset[str]]:
-    modules = dict(engine.model.named_modules())
     leaves: dict[str, list[str]] = defaultdict(list)
     for point in layout.points[1:]:
         leaves[point.block_name].append(point.module_name.removeprefix(point.block_name))
     groups: dict[tuple, set[str]] = defaultdict(set)
     for block in layout.leaf_blocks:
-        groups[type(modules[block]), tuple(leaves[block])].add(block)
+        groups[type(engine.model.get_submodule(block)), tuple(leaves[block])].add(block)
     return [frozenset(group) for group in groups.values()]

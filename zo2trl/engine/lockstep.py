@@ -98,6 +98,7 @@ class Pass(greenlet):
             self._leave(outer)
 
     def _enter(self, outer: _Modes) -> None:
+        torch.clear_autocast_cache()
         if self._outside is not None:
             _exit_inference_mode(self._outside)
             self._outside = None
@@ -105,8 +106,7 @@ class Pass(greenlet):
 
     def _leave(self, outer: _Modes) -> None:
         self._modes = _Modes()
-        if any(enabled for _, enabled, _ in self._modes.autocast):
-            torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # also when autocast is off by now: its own exit only clears the outermost level
         if torch.is_inference_mode_enabled() != outer.inference:
             self._outside = _enter_inference_mode(outer.inference)
         outer.restore()

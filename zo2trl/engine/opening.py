@@ -6,6 +6,7 @@ Does not: run a step. Everything that can be refused is refused here, before a b
 import logging
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.gpu import DeviceTier
 from zo2trl.tiers.journal import Journal
 from zo2trl.tiers.layout import Layout, plan_layout
-from zo2trl.tiers.placement import Budgets, Placement, TierName, place, write_back_interval
+from zo2trl.tiers.placement import Budgets, Placement, TierName, place, place_again, write_back_interval
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import Tier
 from zo2trl.zo.estimators import TwoSidedSPSA
@@ -35,7 +36,7 @@ from zo2trl.zo.mezo import MezoNoise, MezoSeeds
 from zo2trl.zo.noise import Noise, derive_seed, make_noise
 from zo2trl.zo.rules import Rounding, UpdateAlong, UpdateRule
 
-__all__ = ["EngineOptions", "Plan", "open_engine", "plan_engine"]
+__all__ = ["EngineOptions", "Plan", "open_engine", "plan_again", "plan_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,28 +85,38 @@ class Plan:
     placement: Placement
 
 
-def plan_engine(model: nn.Module, options: EngineOptions, *, leaf_blocks: Collection[str] | None = None) -> Plan:
-    """Lay out and place a model without touching its weights.
+def plan_again(model: nn.Module, options: EngineOptions, *, homes: Placement, leaf_blocks: Collection[str]) -> Plan:
+    """Lay out a model whose units have homes already, with these blocks visited by leaf and the others whole.
 
-    Args:
-        leaf_blocks: overrides `options.granularity` for the blocks it names.
+    Raises:
+        BudgetError: see `place_again`.
+    """
+    layout = plan_layout(
+        model, decay_names=options.decay_names, dtypes=options.dtypes, leaf_blocks=frozenset(leaf_blocks)
+    )
+    return Plan(layout=layout, placement=place_again(layout, homes, options.budgets))
+
+
+def plan_engine(model: nn.Module, options: EngineOptions) -> Plan:
+    """Lay out and place a model without touching its weights.
 
     Raises:
         BudgetError: the budgets cannot hold one step at any allowed granularity.
     """
     lay_out = partial(plan_layout, model, decay_names=options.decay_names, dtypes=options.dtypes)
-    if leaf_blocks is not None:
-        layout = lay_out(leaf_blocks=leaf_blocks)
-        return Plan(layout=layout, placement=place(layout, options.budgets))
-    by_block = lay_out()
-    if options.granularity == "block" or (options.granularity == "auto" and options.budgets.device != "min"):
-        try:
-            return Plan(layout=by_block, placement=place(by_block, options.budgets))
-        except BudgetError:
-            if options.granularity == "block":
-                raise
-    by_leaf = lay_out(leaf_blocks="all")
-    return Plan(layout=by_leaf, placement=place(by_leaf, options.budgets))
+    by_block, by_leaf = lay_out(), partial(lay_out, leaf_blocks="all")
+    if options.budgets.device == "min" and options.granularity != "block":
+        return Plan(layout=(layout := by_leaf()), placement=place(layout, options.budgets))
+    try:
+        homes = place(by_block, options.budgets)
+    except BudgetError:
+        if options.granularity == "block":
+            raise
+        return Plan(layout=(layout := by_leaf()), placement=place(layout, options.budgets))
+    if options.granularity == "leaf":
+        # With homes that leave room for whole blocks, those that turn out to need it can be visited whole.
+        return Plan(layout=(layout := by_leaf()), placement=place_again(layout, homes, options.budgets))
+    return Plan(layout=by_block, placement=homes)
 
 
 def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None = None, fs: FS = LOCAL) -> Engine:
@@ -121,17 +132,22 @@ def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None =
     rule = UpdateRule(noise=noise, rounding=rounding, update_along=options.update_along)
     digest = plan.layout.digest()
     _close_earlier_engine(options.store_dir)
-    folder = StoreFolder(options.store_dir, layout_digest=digest, fs=fs)
-    _check_disk_space(plan, folder, fs)
-    journal = Journal.create(folder.journal, header=_header(digest, rule, options), fs=fs)
-    store = TieredStore(
-        plan.layout, plan.placement, journal=journal, rule=rule, device=options.device,
-        tiers=_make_tiers(plan, folder, device=options.device, fs=fs), write_back_every=_intervals(plan.layout,
-        options), on_close=folder.close,
-    )  # fmt: skip
-    _adopt(model, store)
-    estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
-    engine = Engine(model, store, estimator=estimator, seeds=seeds)
+    with ExitStack() as undo:
+        folder = StoreFolder(options.store_dir, layout_digest=digest, fs=fs)
+        undo.callback(folder.close)
+        _check_disk_space(plan, folder, fs)
+        journal = Journal.create(folder.journal, header=_header(digest, rule, options), fs=fs)
+        undo.callback(journal.close)
+        store = TieredStore(
+            plan.layout, plan.placement, journal=journal, rule=rule, device=options.device,
+            tiers=_make_tiers(plan, folder, device=options.device, fs=fs),
+            write_back_every=_intervals(plan.layout, options), on_close=folder.close,
+        )  # fmt: skip
+        undo.callback(store.close)
+        _adopt(model, store)
+        estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
+        engine = Engine(model, store, estimator=estimator, seeds=seeds)
+        undo.pop_all()
     _open_engines[options.store_dir.resolve()] = engine
     return engine
 
@@ -194,7 +210,6 @@ def _check_disk_space(plan: Plan, folder: StoreFolder, fs: FS) -> None:
     needed = sum(on_disk) + 2 * max(on_disk, default=0)  # new versions are written beside the old ones
     free = fs.free_bytes(folder.path)
     if needed > free:
-        folder.close()
         raise BudgetError(
             f"`store_dir` {folder.path} must hold {needed:,} bytes on disk, {free:,} are free. Free some space, "
             "choose "

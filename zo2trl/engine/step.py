@@ -125,7 +125,7 @@ class Engine:
 
     def flush(self) -> None:
         """Bring homes and parameters up to date: from here on `model.state_dict()` shows every finished step."""
-        if current_pass() is None:
+        if current_pass() is None and self.store.is_open:
             self._adopt_changes()
             self.store.flush()
             self.binding.put_to_rest()

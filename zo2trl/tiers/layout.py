@@ -8,7 +8,7 @@ Invariant: pure data. Every parameter is in exactly one unit, tied ones once; a 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -170,7 +170,8 @@ def plan_layout(
         dtypes: storage dtypes of parameters that the store must cast while it adopts them.
     """
     stacks = find_stacks(model)
-    blocks = [(f"{name}.{i}", block) for name, stack in stacks for i, block in enumerate(stack)]
+    blocks = _once((f"{name}.{i}", block) for name, stack in stacks for i, block in enumerate(stack))
+    names = {id(block): name for name, block in blocks}
     leafy = frozenset(
         name for name, block in blocks if (leaf_blocks == "all" or name in leaf_blocks) and _leaves_are_disjoint(block)
     )
@@ -183,11 +184,12 @@ def plan_layout(
     builder = _Builder(specs)
     rest = builder.unit("rest", "rest", [i for i in specs.order if i not in in_blocks])
     common = builder.unit("shared", "shared", [i for i in specs.order if i in shared])
+    visited: set[int] = set()
     points = [("rest", "rest", [builder.segment(unit, unit.tensors) for unit in (rest, common) if unit])]
     for name, block in blocks:
         own = [i for i in specs.order_of(block) if i not in shared]
         units = builder.block_units(name, own)
-        for module_name, module in _leaves(name, block) if name in leafy else [(name, block)]:
+        for module_name, module in _once(_leaves(name, block) if name in leafy else [(name, block)], seen=visited):
             held = {id(p) for p in module.parameters()}
             segments = [builder.segment(unit, _held(specs, unit, held)) for unit in units]
             if common and held & shared:
@@ -199,9 +201,15 @@ def plan_layout(
             VisitPoint(index=i, module_name=module, block_name=block, segments=tuple(filter(None, segments)))
             for i, (module, block, segments) in enumerate(points)
         ),
-        stack_ends=frozenset(f"{name}.{len(stack) - 1}" for name, stack in stacks),
+        stack_ends=frozenset(names[id(stack[len(stack) - 1])] for _, stack in stacks),
         leaf_blocks=leafy,
     )
+
+
+def _once(named: Iterable[tuple[str, nn.Module]], *, seen: set[int] | None = None) -> list[tuple[str, nn.Module]]:
+    """Modules that were not seen before, under their first names: one used at two places has one hook."""
+    seen = set() if seen is None else seen
+    return [(name, module) for name, module in named if not (id(module) in seen or seen.add(id(module)))]
 
 
 def _within(parameter_name: str, blocks: Sequence[tuple[str, nn.Module]]) -> bool:

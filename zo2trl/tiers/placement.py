@@ -10,13 +10,22 @@ resident units are spread evenly between streamed ones, so that the link never i
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from zo2trl.errors import BudgetError, ConfigError
 from zo2trl.tiers.layout import Layout, Unit, VisitPoint
 
-__all__ = ["Budgets", "Placement", "TierName", "format_bytes", "parse_size", "place", "smallest_device_budget"]
+__all__ = [
+    "Budgets",
+    "Placement",
+    "TierName",
+    "format_bytes",
+    "parse_size",
+    "place",
+    "place_again",
+    "smallest_device_budget",
+]
 
 TierName = Literal["gpu", "cpu", "disk"]
 Size = int | Literal["min"]
@@ -99,6 +108,25 @@ def place(layout: Layout, budgets: Budgets) -> Placement:
     if least.total > budgets.device:
         raise _cannot_fit(layout, least, budgets.device)
     return _placement(layout, _widest(layout, streamable, budgets.device) or least, budgets)
+
+
+def place_again(layout: Layout, homes: Placement, budgets: Budgets) -> Placement:
+    """Ring and scratch for another granularity of the same units, which stay where they are.
+
+    Raises:
+        BudgetError: the ring this granularity needs does not fit beside the units that are resident already.
+    """
+    streamed = frozenset(index for index, tier in homes.tier_of.items() if tier != "gpu")
+    needs = [_Need(layout, streamed=streamed, n_slots=n_slots) for n_slots in (RING_SLOTS, MIN_RING_SLOTS)]
+    fitting = needs[-1:] if budgets.device == "min" else [need for need in needs if need.total <= budgets.device]
+    if not fitting:
+        assert budgets.device != "min"
+        raise _cannot_fit(layout, needs[-1], budgets.device)
+    need = fitting[0]
+    return replace(
+        homes, n_slots=need.n_slots, slot_bytes=need.slot_bytes, scratch_bytes=need.scratch_bytes,
+        device_bytes=need.total,
+    )  # fmt: skip
 
 
 def smallest_device_budget(layout: Layout) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import AutocastKwargs
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
@@ -88,7 +89,7 @@ class ZOTrainerMixin(_Base):
     @property
     def engine(self) -> Engine:
         """The engine of the current model; made, and the model's weights moved into the store, on first use."""
-        if self._engine is None or self._engine.model is not self.model:
+        if self._engine is None or self._engine.model is not self.model or not self._engine.store.is_open:
             self.close()
             self._engine_options = self._options()
             self._engine = open_engine(self.model, self._engine_options)
@@ -129,6 +130,12 @@ class ZOTrainerMixin(_Base):
 
     def _plan_first(self) -> None:
         """Refuse budgets that cannot work before anything is moved."""
+        empty = next((name for name, p in self.model.named_parameters() if p.is_meta), None)
+        if empty is not None:
+            raise ConfigError(
+                f"`model` has no weights yet: {empty} is on the meta device. Load it without `init_empty_weights` and "
+                "`device_map`, or hand over the checkpoint's path, which is then read unit by unit."
+            )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ConfigError("The model has no trainable parameter: set `requires_grad` on those that should move.")
         plan_engine(self.model, self._options())
@@ -213,6 +220,9 @@ class ZOTrainerMixin(_Base):
                 passes_per_march=passes_per_march(engine.store, model, batches[0][0]),
             )
         self._grads = estimate.projected_grads
+        every = self.args.torch_empty_cache_steps
+        if every and self.state.global_step % every == 0:
+            clear_device_cache()
         self._step_metrics.add(
             estimate, n_tokens=sum(count_tokens(batch) for batch, _ in batches),
             seconds=time.perf_counter() - started_s, moved=engine.store.traffic - moved,

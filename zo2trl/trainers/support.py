@@ -16,6 +16,7 @@ __all__ = ["check_arguments", "check_optimizers"]
 
 _NO_BACKWARD = "there is no backward pass"
 _NO_OPTIMIZER = "a step is stochastic gradient descent on the projected gradient, without optimizer state"
+_NOT_COMPILED = "the weights of a block change places between passes, so the model is run as it is"
 
 WITHOUT_EFFECT = {
     "gradient_checkpointing_kwargs": _NO_BACKWARD,
@@ -27,6 +28,10 @@ WITHOUT_EFFECT = {
     "adam_beta2": _NO_OPTIMIZER,
     "adam_epsilon": _NO_OPTIMIZER,
     "neftune_noise_alpha": "probes run without any random noise but their own, in eval mode",
+    "torch_compile": _NOT_COMPILED,
+    "torch_compile_backend": _NOT_COMPILED,
+    "torch_compile_mode": _NOT_COMPILED,
+    "ddp_static_graph": "models are not wrapped in DDP",
     "ddp_find_unused_parameters": "models are not wrapped in DDP",
     "ddp_bucket_cap_mb": "models are not wrapped in DDP",
     "ddp_broadcast_buffers": "models are not wrapped in DDP",
