@@ -151,7 +151,7 @@ def run_with(name: str, place: str, setting: str) -> tuple[list[float], Weights]
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["opt", "llama-tied", "t5"])
-@pytest.mark.parametrize("place", ["cpu-block", "disk-leaf", "mixed-block"])
+@pytest.mark.parametrize("place", ["disk-leaf", "mixed-block"])
 def test_other_settings_give_the_same_bits_in_every_place(name: str, setting: str, place: str) -> None:
     losses, weights = run_with(name, "on-device", setting)
     found_losses, found = run_with(name, place, setting)
@@ -219,7 +219,7 @@ def test_training_goes_on_from_a_saved_model_as_from_the_model_in_memory(name: s
         assert differing(weights_of(trainer.model), plain_run(name)[1]) == []
 
 
-@every_model
+@pytest.mark.parametrize("name", ["opt", "llama-tied", "mixtral", "roberta-mlm", "t5"])
 def test_the_checkpoint_that_was_trained_on_is_never_changed(name: str, tmp_path: Path) -> None:
     tiny_model(name).save_pretrained(tmp_path / "start")
     bytes_before = {path.name: path.read_bytes() for path in (tmp_path / "start").iterdir()}

@@ -1,4 +1,4 @@
-"""What the logs say: every promised key, means since the last log, tokens counted once, metrics of training filed so."""
+"""What the logs say: every promised key, means since the last log, tokens counted once, training filed as training."""
 
 from pathlib import Path
 

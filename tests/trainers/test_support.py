@@ -47,7 +47,6 @@ def test_gradient_checkpointing_is_ignored_with_a_warning_that_says_why(name: st
         ("neftune_noise_alpha", 5.0),
         ("ddp_find_unused_parameters", False),
         ("torch_compile", True),
-        ("torch_empty_cache_steps", 4),
     ],
 )
 def test_a_choice_without_effect_is_warned_about_once_by_name(name: str, value: Any, tmp_path: Path) -> None:

@@ -81,8 +81,10 @@ class UpdateRule:
             source, target = span.view(clean), span.view(into)
             for tiles, run in _chunks(span.tiles, clean.device):
                 step = self._draw(seed, tiles, clean.device).mul_(coefficient)
-                torch.add(source[run], step, out=step)
-                target[run].copy_(step)
+                if span.dtype == torch.float32:
+                    torch.add(source[run], step, out=target[run])
+                else:
+                    target[run].copy_(torch.add(source[run], step, out=step))
 
     def replay(self, weights: torch.Tensor, spans: Sequence[Span], records: Sequence[Record]) -> None:
         """Bring clean weights forward over `records`, in place, rounding after each step (so lazy equals eager)."""
@@ -156,10 +158,10 @@ def _in_threads(fill: Callable[[TileMap, slice], None], tiles: TileMap) -> None:
 
 def _applied(z: torch.Tensor, weights: torch.Tensor, *, zo_eps: float) -> torch.Tensor:
     """What is left of a direction once both probes were rounded to the weights' dtype; overwrites z."""
-    exact = weights.float()
+    exact = weights.float()  # for fp32 weights this is their own memory: only read it
     step = z.mul_(zo_eps)
     plus = torch.add(exact, step).to(weights.dtype).float()
-    minus = torch.sub(exact, step, out=exact).to(weights.dtype).float()
+    minus = torch.sub(exact, step).to(weights.dtype).float()
     return torch.sub(plus, minus, out=step).mul_(0.5 / zo_eps)
 
 
