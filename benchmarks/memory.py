@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory --out benchmarks/results/memory_cpu.json
 
-Makes a random 500 M-parameter Llama-shaped checkpoint (fp32, tied vocabulary of 8192 words, 2 GB on disk) in a child
-process, then trains it from disk with `device_memory="256MB", cpu_memory="256MB"`. Anonymous memory is what the process
-needs for itself; pages of mapped files are the kernel's to drop at any time.
+Makes a random 500 M-parameter Llama-shaped checkpoint (fp32, tied vocabulary of 8192 words, 2 GB on disk) in a
+child process, then trains it from disk with `device_memory="256MB", cpu_memory="256MB"`. Anonymous memory is what
+the process needs for itself; pages of mapped files are the kernel's to drop at any time.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m benchmarks.step --out benchmarks/results/step_cpu.json
 
-Three things are timed in one process, in turn: two plain forwards of the model, the noise a step draws (the plus probe,
-the minus probe and the update each draw every trainable element once), and the whole step. The promise is
+Three things are timed in one process, in turn: two plain forwards of the model, the noise a step draws (the plus
+probe, the minus probe and the update each draw every trainable element once), and the whole step. The promise is
 
     step <= 1.25 x two forwards + noise
 """

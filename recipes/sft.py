@@ -28,7 +28,6 @@ python recipes/sft.py \
 # Everything from a file; arguments on the command line win
 python recipes/sft.py --config recipes/sft.yaml --max_steps 100
 
-On a machine without a GPU add `--bf16 false`: TRL's default is bfloat16 autocast, which transformers refuses there.
 A checkpoint that has only pickled weights (`*.bin`) is converted once: zo2trl convert SRC DST
 """
 

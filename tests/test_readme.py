@@ -46,5 +46,7 @@ def test_every_argument_is_in_the_table_with_its_default() -> None:
 
 
 def test_every_file_the_readme_points_to_exists() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README) + re.findall(r"`((?:recipes|tests|benchmarks)/[\w./]+)`", README):
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    named = re.findall(r"`((?:recipes|tests|benchmarks)/[\w./]+)`", README)
+    for target in links + named:
         assert (ROOT / target).exists(), target

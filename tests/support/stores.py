@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -93,8 +94,13 @@ def make_store(
     placement = placed(layout, tier)
     in_cpu = [layout.units[index] for index in placement.units_in("cpu")]
     fs.make_dir(folder)
+    names = (folder / f"journal-{number}" for number in count())
+
+    def start_journal() -> Journal:
+        return Journal.create(next(names), header={}, sync=False)
+
     store = TieredStore(
-        layout, placement, journal=Journal.create(folder / "journal", header={}, sync=False), rule=rule(), device=CPU,
+        layout, placement, journal=start_journal(), restart_journal=start_journal, rule=rule(), device=CPU,
         tiers={"gpu": DeviceTier(CPU), "cpu": HostTier(in_cpu, pinned=False), "disk": disk(folder / "units", fs=fs)},
         write_back_every={"cpu": every, "disk": every},
     )  # fmt: skip

@@ -9,8 +9,10 @@ Three states of a parameter: at rest (a view of its home, so that `state_dict`, 
 Invariant: outside a march every parameter is at rest.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from zo2trl.tiers.layout import Layout, Segment, TensorSpec, VisitPoint
+from zo2trl.errors import MarchError
+from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit, VisitPoint
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import tensor_view
 
@@ -36,7 +39,8 @@ class Binding:
     _parameters: dict[int, nn.Parameter]  # tensor id -> Parameter
     _bound_views: dict[tuple[int, int], list[tuple[nn.Parameter, torch.Tensor]]]  # (segment, address) -> its tensors
     _rest_views: dict[int, tuple[int, list[tuple[nn.Parameter, torch.Tensor]]]]  # unit -> (version of home, tensors)
-    _seen_versions: dict[int, int]  # tensor id -> Parameter._version when it was last put to rest
+    _resting: dict[int, torch.Tensor]  # tensor id -> the view it was last put to rest with
+    _seen_versions: dict[int, int]  # tensor id -> Parameter._version at that moment
 
     def __init__(self, model: nn.Module, layout: Layout, store: TieredStore) -> None:
         self.layout = layout
@@ -46,6 +50,7 @@ class Binding:
         self._parameters = {t.tensor_id: named[t.name] for unit in layout.units for t in unit.tensors}
         self._bound_views = {}
         self._rest_views = {}
+        self._resting = {}
         self._seen_versions = {}
         self._hooked: list[tuple[nn.Module, Forward | None]] = []
         self._handles: list[RemovableHandle] = []
@@ -80,8 +85,8 @@ class Binding:
     def put_to_rest(self) -> None:
         """End of a march: every parameter shows its home."""
         for unit in self.layout.units:
-            for parameter, view in self._home_views(unit.index):
-                parameter.data = view
+            for spec, (parameter, view) in zip(unit.tensors, self._home_views(unit.index), strict=True):
+                parameter.data = self._resting[spec.tensor_id] = view
         self.note_versions()
 
     def rest_point(self, point: VisitPoint) -> None:
@@ -91,16 +96,55 @@ class Binding:
             views = zip(segment.unit.tensors, self._home_views(segment.unit.index), strict=True)
             for spec, (parameter, view) in views:
                 if spec.tensor_id in held:
-                    parameter.data = view
+                    parameter.data = self._resting[spec.tensor_id] = view
 
     def note_versions(self) -> None:
         """Take the parameters' values for known."""
         self._seen_versions = {key: p._version for key, p in self._parameters.items()}
 
-    def changed_outside(self, point: VisitPoint | None = None) -> bool:
-        """True if somebody wrote into a parameter at rest (`load_state_dict`, `p.add_`, ...), of one point or any."""
-        keys = [t.tensor_id for s in point.segments for t in s.tensors] if point is not None else self._seen_versions
-        return any(self._parameters[key]._version != self._seen_versions[key] for key in keys)
+    def adopt_changes(self, point: VisitPoint | None = None) -> bool:
+        """Take over what somebody wrote into parameters at rest, of one point or all; True if there was anything.
+
+        In-place changes (`load_state_dict`, `p.add_`) are at home already, for they were made there. New tensors
+        (`p.data = ...`) are copied home.
+
+        Raises:
+            MarchError: the dtype or shape changed, or steps were pending that the changed weights never saw.
+        """
+        points = self.layout.points if point is None else (point,)
+        changed = False
+        for segment in {id(s): s for p in points for s in p.segments}.values():
+            for spec in segment.tensors:
+                parameter, resting = self._parameters[spec.tensor_id], self._resting[spec.tensor_id]
+                is_new = parameter.data_ptr() != resting.data_ptr() or parameter.dtype != resting.dtype
+                if is_new or parameter._version != self._seen_versions[spec.tensor_id]:
+                    self._refuse_if_behind(spec, segment.unit)
+                    changed = True
+                if is_new:
+                    self._bring_home(spec, parameter, segment.unit)
+        return changed
+
+    def _bring_home(self, spec: TensorSpec, parameter: nn.Parameter, unit: Unit) -> None:
+        home = self._home_views(unit.index)[unit.tensors.index(spec)][1]
+        if parameter.shape != home.shape or parameter.dtype != home.dtype:
+            raise MarchError(
+                f"{spec.name} was replaced by a {parameter.dtype} tensor of shape {tuple(parameter.shape)}; the "
+                "store holds "
+                f"{home.dtype} of shape {tuple(home.shape)}. To convert a trained model, call `trainer.close()` "
+                "first: it is "
+                "an ordinary model from then on."
+            )
+        home.copy_(parameter.data)
+        parameter.data = self._resting[spec.tensor_id] = home
+
+    def _refuse_if_behind(self, spec: TensorSpec, unit: Unit) -> None:
+        if self._store.is_behind(unit):
+            self._seen_versions[spec.tensor_id] = self._parameters[spec.tensor_id]._version  # said once
+            raise MarchError(
+                f"{spec.name} was changed in place while steps were pending that it had not absorbed: they "
+                "would be added "
+                "to the new values. Call `trainer.engine.flush()` before changing weights between steps."
+            )
 
     # -- hooks
 
@@ -113,8 +157,9 @@ class Binding:
         """
         for module in self._model.modules():
             if module is self._model or isinstance(module, PreTrainedModel):
-                self._handles.append(module.register_state_dict_pre_hook(lambda *_: before_state()))
-                self._handles.append(module.register_load_state_dict_pre_hook(lambda *_: before_state()))
+                hook = _BeforeState(before_state)
+                self._handles.append(module.register_state_dict_pre_hook(hook))
+                self._handles.append(module.register_load_state_dict_pre_hook(hook))
         for point in self.layout.points[1:]:
             self._wrap(self._model.get_submodule(point.module_name), partial(around, point))
         for name in self.layout.stack_ends:
@@ -132,12 +177,8 @@ class Binding:
                 module.forward = before
 
     def _wrap(self, module: nn.Module, around: Callable[[Forward, Arguments], Any]) -> None:
-        inner, before = module.forward, module.__dict__.get("forward")
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return around(inner, (args, kwargs))
-
-        module.forward = forward
+        before = module.__dict__.get("forward")
+        module.forward = _Routed(module.forward, around)
         self._hooked.append((module, before))
 
     # -- views
@@ -183,3 +224,38 @@ def _followed_by(after: Callable[[], None]) -> Callable[[Forward, Arguments], An
         return output
 
     return around
+
+
+class _Routed:
+    """A module's forward while its weights are managed; a copy or a pickle of the module gets the plain one back."""
+
+    def __init__(self, inner: Forward, around: Callable[[Forward, Arguments], Any]) -> None:
+        self._inner, self._around = inner, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._inner, (args, kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        return copy.deepcopy(self._inner, memo)
+
+    def __reduce__(self) -> Any:
+        if isinstance(self._inner, MethodType):
+            return getattr, (self._inner.__self__, self._inner.__name__)
+        return self._inner.__reduce__()
+
+
+class _BeforeState:
+    """Calls back before a state dict is made or loaded; in a copy or a pickle of the module it does nothing."""
+
+    def __init__(self, call: Callable[[], None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *_: Any) -> None:
+        if self._call is not None:
+            self._call()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_BeforeState":
+        return _BeforeState()
+
+    def __reduce__(self) -> Any:
+        return _BeforeState, ()

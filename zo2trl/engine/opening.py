@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -131,17 +131,19 @@ def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None =
     rounding = options.rounding or _default_rounding(plan.layout)
     rule = UpdateRule(noise=noise, rounding=rounding, update_along=options.update_along)
     digest = plan.layout.digest()
-    _close_earlier_engine(options.store_dir)
+    _close_earlier_engines(options.store_dir, model)
     with ExitStack() as undo:
         folder = StoreFolder(options.store_dir, layout_digest=digest, fs=fs)
         undo.callback(folder.close)
         _check_disk_space(plan, folder, fs)
-        journal = Journal.create(folder.journal, header=_header(digest, rule, options), fs=fs)
+        start_journal = partial(_start_journal, folder, _header(digest, rule, options), fs=fs)
+        journal = start_journal()
         undo.callback(journal.close)
         store = TieredStore(
             plan.layout, plan.placement, journal=journal, rule=rule, device=options.device,
             tiers=_make_tiers(plan, folder, device=options.device, fs=fs),
-            write_back_every=_intervals(plan.layout, options), on_close=folder.close,
+            write_back_every=_intervals(plan.layout, options), restart_journal=start_journal,
+            on_close=folder.close,
         )  # fmt: skip
         undo.callback(store.close)
         _adopt(model, store)
@@ -155,12 +157,16 @@ def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None =
 _open_engines: WeakValueDictionary[Path, Engine] = WeakValueDictionary()
 
 
-def _close_earlier_engine(store_dir: Path) -> None:
-    # A notebook cell that makes a trainer is run again: the first trainer is still alive somewhere in the session.
-    earlier = _open_engines.pop(store_dir.resolve(), None)
-    if earlier is not None and earlier.store.is_open:
-        logger.warning("The engine opened earlier on %s in this process is closed to open a new one.", store_dir)
-        earlier.shutdown()
+def _close_earlier_engines(store_dir: Path, model: nn.Module) -> None:
+    # A notebook cell that makes a trainer is run again: the first trainer is still alive somewhere in the session,
+    # and owns the folder, or hooks blocks of this very model.
+    modules = set(model.modules())
+    for path, engine in list(_open_engines.items()):
+        same_folder, same_model = path == store_dir.resolve(), not modules.isdisjoint(engine.model.modules())
+        if engine.store.is_open and (same_folder or same_model):
+            what = "on this store" if same_folder else "for this model"
+            logger.warning("The engine opened earlier %s (%s) is closed to open a new one.", what, path)
+            engine.shutdown()
 
 
 def _adopt(model: nn.Module, store: TieredStore) -> None:
@@ -170,6 +176,11 @@ def _adopt(model: nn.Module, store: TieredStore) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(store.device)
+
+
+def _start_journal(folder: StoreFolder, header: dict[str, Any], *, fs: FS) -> Journal:
+    folder.retire_journal()
+    return Journal.create(folder.journal, header=header, fs=fs)
 
 
 def _make_noise(layout: Layout, options: EngineOptions) -> tuple[Noise, Callable[[int], int]]:
@@ -217,13 +228,14 @@ def _check_disk_space(plan: Plan, folder: StoreFolder, fs: FS) -> None:
         )
 
 
-def _header(digest: str, rule: UpdateRule, options: EngineOptions) -> dict:
+def _header(digest: str, rule: UpdateRule, options: EngineOptions) -> dict[str, Any]:
     return {
         "layout": digest,
         "noise": rule.noise.identity,
         "rule": rule.identity,
         "rounding": rule.rounding,
         "codec": PLAIN.identity,
+        "decays": sorted(options.decay_names),
         "seed": options.seed,
         "num_directions": options.num_directions,
         "device": options.device.type,

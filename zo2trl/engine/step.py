@@ -6,8 +6,10 @@ Invariant: weights stay clean. A probe's weights exist in scratch only, and a st
 appending its record.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,8 @@ from zo2trl.zo.rules import direction_seed
 __all__ = ["MAX_SKIPS_IN_A_ROW", "Engine"]
 
 MAX_SKIPS_IN_A_ROW = 10
+logger = logging.getLogger(__name__)
+
 REST = 0  # index of the rest point in every layout
 
 Closure = Callable[[], Any]
@@ -165,6 +169,9 @@ class Engine:
             self.binding.poison_all()
             try:
                 values = march(passes, lambda index, waiting: self._serve(index, waiting, seed))
+            except BaseException:
+                self.store.settle()  # unit versions that this march leaves incomplete are forgotten
+                raise
             finally:
                 self.binding.put_to_rest()
         self.store.end_march()
@@ -212,33 +219,48 @@ class Engine:
     # -- hooks in the model
 
     def _around(self, point: VisitPoint, forward: Forward, arguments: tuple[tuple, dict]) -> Any:
-        args, kwargs = arguments
         running = current_pass()
         if running is not None:
             running.wait_for(point.index)
-            return forward(*args, **kwargs)
+            return forward(*arguments[0], **arguments[1])
+        return self._visit_alone(point, forward, arguments)
+
+    def _visit_alone(self, point: VisitPoint, forward: Forward, arguments: tuple[tuple, dict]) -> Any:
+        """A forward outside any march: lease, bind, run, put to rest."""
         self._adopt_changes(point)
         with self.store.writing_back(), self.store.lease(point) as clean:
             self.binding.bind(point, clean)
             try:
-                return forward(*args, **kwargs)
+                with self._refusing_backward(point):
+                    return forward(*arguments[0], **arguments[1])
             finally:
                 self.binding.rest_point(point)
 
     def _adopt_changes(self, point: VisitPoint | None = None) -> None:
-        # What was written into parameters at rest is at home already; only copies fetched ahead are stale.
-        if self.binding.changed_outside(point):
+        if self.binding.adopt_changes(point):
             self.store.homes_changed()
             self.binding.note_versions()
+
+    def _refusing_backward(self, point: VisitPoint) -> AbstractContextManager[Any]:
+        # Autograd would keep views of a ring slot, which holds other weights by the time of the backward pass.
+        if not torch.is_grad_enabled() or all(self.store.tier_of(s.unit) == "gpu" for s in point.segments):
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(lambda saved: None, _no_backward)
 
     def _after_stack(self) -> None:
         running = current_pass()
         if running is not None:
             running.wait_for(REST)
+        else:  # the user is next: what they write must not meet copies fetched ahead
+            self.store.homes_changed()
 
     def _skip(self, pending: _Pending) -> None:
         self._n_skips += 1
         estimate = pending.estimate
+        logger.warning(
+            "Step %d is skipped and the weights stay as they are: the loss is not finite (plus %s, minus %s).",
+            pending.step, estimate.loss_plus, estimate.loss_minus,
+        )  # fmt: skip
         self.store.append(
             SkipRecord(
                 step=pending.step, seed=pending.seed, loss_plus=estimate.loss_plus, loss_minus=estimate.loss_minus
@@ -251,6 +273,14 @@ class Engine:
                 "Look at the "
                 "batches of these steps, lower `learning_rate` or `zo_eps`, or load the model in bfloat16 or float32."
             )
+
+
+def _no_backward(saved: Any) -> Any:
+    raise MarchError(
+        "A backward pass cannot go through streamed weights: they are gone from the device by now. Call "
+        "`trainer.close()` "
+        "first, which leaves an ordinary model in host memory, or use `torch.no_grad()`."
+    )
 
 
 def _sum_per_probe(values: Sequence[torch.Tensor], n_probes: int) -> list[float]:

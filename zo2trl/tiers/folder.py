@@ -8,7 +8,7 @@ Does not: read or write weights or records.
     ├── store.json          format and layout digest: which model this store belongs to
     ├── lock                flock of the owning process
     ├── journal             the steps of this run
-    ├── journal-1.old ...   steps of earlier runs in the same folder, kept: with the base model they are those runs
+    ├── journal-1.old ...   steps of earlier runs in the same folder, or before a checkpoint was loaded
     └── units/              <unit>@<version>, one plain file each
 
 Invariant: a folder that holds anything we did not write is never written to.
@@ -104,13 +104,18 @@ class StoreFolder:
                 "or choose another `store_dir`."
             )
 
-    def _retire_earlier_run(self) -> None:
+    def retire_journal(self) -> None:
+        """Keep the journal, if there is one, under the first free name `journal-N.old`."""
         fs = self._fs
         if fs.exists(self.journal):
             taken = set(fs.list_names(self.path))
             number = next(n for n in range(1, len(taken) + 2) if f"journal-{n}.old" not in taken)
             fs.rename(self.journal, self.path / f"journal-{number}.old")
             fs.sync_folder(self.path)
+
+    def _retire_earlier_run(self) -> None:
+        fs = self._fs
+        self.retire_journal()
         for name in self._unit_files():
             fs.unlink(self.units / name)
 

@@ -125,9 +125,12 @@ class Layout:
         return sorted(tensors, key=lambda tensor: tensor.tensor_id)
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes, dtypes, trainability and offsets; granularity and budgets leave it alone."""
+        """SHA-256 over names, shapes, dtypes, trainability and offsets.
+
+        Granularity and budgets leave it alone, and so does weight decay, which is the update rule's business.
+        """
         rows = [
-            [unit.name, [[t.name, t.tensor_id, t.shape, str(t.dtype), t.byte_offset, t.trainable, t.decays]
+            [unit.name, [[t.name, t.tensor_id, t.shape, str(t.dtype), t.byte_offset, t.trainable]
                          for t in unit.tensors]]
             for unit in self.units
         ]  # fmt: skip

@@ -201,7 +201,7 @@ def _fill_cpu(streamed: Sequence[Unit], cpu_bytes: int) -> set[int]:
 def _cannot_fit(layout: Layout, least: _Need, device_bytes: int) -> BudgetError:
     rest_bytes = sum(unit.n_bytes for unit in layout.units if unit.is_resident)
     largest = max((unit for unit in layout.units if not unit.is_resident), key=lambda u: u.n_bytes, default=None)
-    block = f"the largest block ({largest.name}) is {largest.n_bytes:,} bytes and " if largest else ""
+    block = f"the largest block ({largest.name}) is {largest.n_bytes:,} bytes and " if largest else _NO_BLOCKS
     ring = f", {least.n_slots} ring slots of {least.slot_bytes:,} bytes" if least.n_slots else ""
     finer = "" if layout.leaf_blocks or not largest else ', and `granularity="leaf"` may need less'
     return BudgetError(
@@ -212,12 +212,19 @@ def _cannot_fit(layout: Layout, least: _Need, device_bytes: int) -> BudgetError:
     )
 
 
+_NO_BLOCKS = (
+    "no stack of transformer blocks was found in this model (blocks are `GradientCheckpointingLayer`s or classes that "
+    "`_no_split_modules` names), so all of it must be on the device at once; "
+)
+
+
 def write_back_interval(*, tier: TierName, device_type: str, itemsize: int) -> int:
     """Steps between write-backs of a unit: the K that minimises writing plus replaying.
 
     Writing costs t_write / K per step and element, replaying pending steps (K - 1) / 2 x t_replay, so the minimum is
-    at sqrt(2 t_write / t_replay). Rates are of one H200 machine for "cuda" (PCIe 50 GB/s, disk 0.94 GB/s, 500 G
-    updates/s) and of one CPU core for "cpu" (memory 5 GB/s, disk 0.94 GB/s, 0.1 G updates/s).
+    at sqrt(2 t_write / t_replay). Rates are of one H200 machine for "cuda" (disk 0.94 GB/s, 37 G updates/s with
+    today's unfused kernels; writes to host memory ride on the idle direction of the link and cost a quarter of its
+    50 GB/s) and of one CPU core for "cpu" (memory 5 GB/s, disk 0.94 GB/s, 0.1 G updates/s).
     """
     write_bytes_s, updates_s = _WRITE_RATES[device_type == "cuda", tier]
     interval = round((2 * (itemsize / write_bytes_s) * updates_s) ** 0.5)
@@ -226,8 +233,8 @@ def write_back_interval(*, tier: TierName, device_type: str, itemsize: int) -> i
 
 MAX_WRITE_BACK_INTERVAL = 32
 _WRITE_RATES: dict[tuple[bool, TierName], tuple[float, float]] = {
-    (True, "cpu"): (50e9, 500e9),
-    (True, "disk"): (0.94e9, 500e9),
+    (True, "cpu"): (200e9, 37e9),
+    (True, "disk"): (0.94e9, 37e9),
     (False, "cpu"): (5e9, 0.1e9),
     (False, "disk"): (0.94e9, 0.1e9),
 }

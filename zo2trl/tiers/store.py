@@ -5,12 +5,13 @@ Does not: know about models, modules, probes or losses; it lends clean bytes and
 Invariants:
 - What `lease` lends has absorbed every record of the journal, and holds no perturbation.
 - Frozen segments are never written, in any tier.
-- The bytes at home and the position they have absorbed change together, in one thread, after the bytes are complete.
+- The bytes at home and the position they have absorbed change together, in one thread, after the bytes are complete;
+  Ctrl-C is held back meanwhile.
 """
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ import torch
 from zo2trl.amp.codecs import PLAIN
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.gpu import DeviceTier
+from zo2trl.tiers.interrupts import uninterrupted
 from zo2trl.tiers.journal import Journal
 from zo2trl.tiers.layout import Layout, Segment, Unit, VisitPoint
 from zo2trl.tiers.placement import Placement, TierName, format_bytes
@@ -42,6 +44,7 @@ class TieredStore:
         tiers: a home for each tier name; the store closes them.
         write_back_every: steps between write-backs of a unit, for the tiers "cpu" and "disk".
         device: where leases are lent.
+        restart_journal: keeps the closed journal under another name and opens an empty one in its place.
         on_close: called once when everything else is closed (gives up the folder).
     """
 
@@ -57,8 +60,10 @@ class TieredStore:
         tiers: Mapping[TierName, Tier],
         write_back_every: Mapping[TierName, int],
         device: torch.device,
+        restart_journal: Callable[[], Journal],
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
+        self._restart_journal = restart_journal
         self._on_close = on_close
         self.layout, self.placement, self.journal, self.rule, self.device = layout, placement, journal, rule, device
         self.traffic = Counter()
@@ -82,8 +87,9 @@ class TieredStore:
             self._tier(unit).adopt(unit, source)
         self._start_prefetching()
 
+    @uninterrupted
     def replace(self, source: Source) -> None:
-        """Overwrite every unit's weights; they count as having absorbed every step so far."""
+        """Overwrite every unit's weights, and start a new journal: the steps so far do not lead to these weights."""
         self.flush()
         version = len(self.journal.records)
         for unit in self.layout.units:
@@ -93,11 +99,14 @@ class TieredStore:
             for segment in (s for s in self.layout.segments if s.unit is unit):
                 data = staged[segment.byte_start : segment.byte_start + segment.n_bytes]
                 self._tier(unit).write(segment, data, version=version)
-                self._ledger.absorb(segment, version)
             self._tier(unit).publish(unit)
             self._versions[unit.index] += self.tier_of(unit) == "disk"
+        self.journal.close()
+        self.journal = self._restart_journal()
+        self._ledger = Ledger()
         self.homes_changed()
 
+    @uninterrupted
     def regranulate(self, layout: Layout, placement: Placement) -> None:
         """The same units, visited at other points; only before the first record."""
         assert not self.journal.records, "segments are numbered per layout: nothing may have been absorbed yet"
@@ -145,17 +154,23 @@ class TieredStore:
     def lease(self, point: VisitPoint) -> Iterator[list[torch.Tensor]]:
         """Lend the clean weights of a point's segments: flat uint8 on the device, valid inside the block."""
         fetches: list[tuple[Fetch, Future | None]] = []
-        weights: list[torch.Tensor] = []
         try:
-            for segment in point.segments:
-                weights.append(
-                    self._resident(segment) if self._is_resident(segment) else self._fetch(segment, fetches)
-                )
-            yield weights
+            yield self._borrow(point, fetches)
         finally:
-            for fetch, write in fetches:
-                assert self._prefetcher is not None
-                self._prefetcher.give_back(fetch, after=write)
+            self._give_back(fetches)
+
+    @uninterrupted
+    def _borrow(self, point: VisitPoint, fetches: list[tuple[Fetch, Future | None]]) -> list[torch.Tensor]:
+        return [
+            self._resident(segment) if self._is_resident(segment) else self._fetch(segment, fetches)
+            for segment in point.segments
+        ]
+
+    @uninterrupted
+    def _give_back(self, fetches: Sequence[tuple[Fetch, Future | None]]) -> None:
+        for fetch, write in fetches:
+            assert self._prefetcher is not None
+            self._prefetcher.give_back(fetch, after=write)
 
     @contextmanager
     def writing_back(self) -> Iterator[None]:
@@ -166,17 +181,20 @@ class TieredStore:
         finally:
             self._eager = before
 
+    @uninterrupted
     def expect(self, points: Sequence[VisitPoint]) -> None:
         """The visits one march is expected to make, in order."""
         assert self._prefetcher is not None
         self._prefetcher.expect([s for point in points for s in point.segments if not self._is_resident(s)])
 
+    @uninterrupted
     def append(self, record: Record) -> None:
         """Make a step durable in the journal; every unit absorbs it at its next visit, rest at once."""
         self.journal.append(record)
         for segment in self.layout.rest.segments:
             self._resident(segment)
 
+    @uninterrupted
     def end_march(self) -> None:
         """Raise what went wrong in finished write-backs; the others run on into the next march."""
         if self.layout.leaf_blocks:
@@ -184,14 +202,18 @@ class TieredStore:
         done = [index for index, write in self._writes.items() if write.done()]
         _raise_first([self._writes.pop(index) for index in done])
 
+    @uninterrupted
     def settle(self) -> None:
         """Wait for every write-back, and forget unit versions that did not get all their leaves in one march."""
-        writes, self._writes = list(self._writes.values()), {}
-        wait(writes)
+        writes = dict(self._writes)
+        wait(writes.values())
+        # Only now: a fetch thread that still loads one of these segments must find the write it has to wait for.
+        for index in writes:
+            del self._writes[index]
         for index in self._ledger.forget_drafts():
             unit = self.layout.units[index]
             self._tier(unit).abandon(unit)
-        _raise_first(writes)
+        _raise_first(writes.values())
 
     def flush(self) -> None:
         """Bring every home up to date: saved weights and views are never a step behind."""
@@ -205,12 +227,23 @@ class TieredStore:
                 with self.lease(alone):
                     pass
         self.settle()
+        self.homes_changed()
 
+    def is_behind(self, unit: Unit) -> bool:
+        """True while steps are in the journal that a unit's bytes at home have not absorbed."""
+        return any(
+            s.is_trainable and self._ledger.position(s) < len(self.journal.records)
+            for s in self.layout.segments
+            if s.unit is unit
+        )
+
+    @uninterrupted
     def homes_changed(self) -> None:
-        """Weights at home were changed from outside: what was fetched ahead is stale."""
+        """Weights at home were changed from outside, or may soon be: forget what was fetched ahead."""
         assert self._prefetcher is not None
         self._prefetcher.drop()
 
+    @uninterrupted
     def close(self) -> None:
         """Stop the threads, close the journal and the tiers; idempotent."""
         if not self.is_open:
@@ -305,6 +338,6 @@ class TieredStore:
             self.traffic.update(n_bytes)
 
 
-def _raise_first(writes: Sequence[Future]) -> None:
+def _raise_first(writes: Iterable[Future]) -> None:
     for write in writes:
         write.result()

@@ -40,8 +40,8 @@ class Tier(Protocol):
         ...
 
     def view(self, unit: Unit) -> torch.Tensor:
-        """The whole unit as a flat uint8 tensor of the bytes at home. Writing into a disk unit's view stays "
-        "private."""
+        """The whole unit as a flat uint8 tensor of the bytes at home; writing into a disk unit's view stays
+        private."""
         ...
 
     def close(self) -> None:

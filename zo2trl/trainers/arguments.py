@@ -6,6 +6,7 @@ Does not: act on a choice. Everything that cannot work is refused here or in sup
 import dataclasses
 import difflib
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,23 +139,37 @@ _Config = TypeVar("_Config", bound=ZOArguments)
 def convert_arguments(args: TrainingArguments, to: type[_Config]) -> _Config:
     """A plain `TrainingArguments` or `SFTConfig` with ZO defaults added; a ZO config is returned as it is.
 
-    A field whose upstream default ZO training overrides takes our default where it holds the upstream one. The object
-    is not rebuilt from `to_dict()`, which redacts every field that ends in `_token`.
+    A field whose upstream default ZO training overrides takes our default where it holds the upstream one, and a
+    warning says which. Values are copied one by one: `to_dict()` would redact every field that ends in `_token`.
     """
     if isinstance(args, to):
         return args
     upstream = {f.name: f.default for f in dataclasses.fields(args)}
-    converted = to.__new__(to)
+    converted: Any = to(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16)  # type: ignore[call-arg]
     converted.__dict__.update(args.__dict__)
+    replaced: list[str] = []
     for ours in dataclasses.fields(ZOArguments):
-        if ours.name not in upstream or args.__dict__.get(ours.name) == upstream[ours.name]:
+        had = args.__dict__.get(ours.name)
+        if ours.name in upstream and had == upstream[ours.name] and had != ours.default:
+            replaced.append(f"{ours.name}: {had} -> {ours.default}")
+        if ours.name not in upstream or had == upstream[ours.name]:
             converted.__dict__[ours.name] = ours.default
     if converted.gradient_checkpointing is None:
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             converted.__dict__[name] = False
     if converted.store_dir is None:
         converted.store_dir = str(Path(args.output_dir or ".") / "store")
+    _warn_of_replaced([row for row in replaced if not row.startswith("gradient_checkpointing")], to)
     return converted
+
+
+def _warn_of_replaced(replaced: list[str], to: type) -> None:
+    if replaced:
+        warnings.warn(
+            f"A plain config was given, so values that are upstream's defaults become those of ZO training: "
+            f"{', '.join(replaced)}. Pass a {to.__name__} to choose them yourself.",
+            stacklevel=5,
+        )
 
 
 def _check_choices(args: ZOArguments) -> None:
@@ -169,10 +184,12 @@ def _check_choices(args: ZOArguments) -> None:
 def _check_numbers(args: ZOArguments) -> None:
     for name in ("device_memory", "cpu_memory"):
         parse_size(getattr(args, name), argument=name)
-    if not (args.zo_eps > 0 and math.isfinite(args.zo_eps)):
-        raise ConfigError(f"`zo_eps` is {args.zo_eps}, but must be a positive number such as 1e-3.")
-    if args.num_directions < 1:
-        raise ConfigError(f"`num_directions` is {args.num_directions}, but a step needs at least 1.")
+    if isinstance(args.learning_rate, str) or not math.isfinite(args.learning_rate):
+        raise ConfigError(f"`learning_rate` is {args.learning_rate!r}, but must be a number (in YAML: 1.0e-6).")
+    if isinstance(args.zo_eps, str) or not 0 < args.zo_eps < math.inf:
+        raise ConfigError(f"`zo_eps` is {args.zo_eps!r}, but must be a positive number (in YAML: 1.0e-3).")
+    if not isinstance(args.num_directions, int) or args.num_directions < 1:
+        raise ConfigError(f"`num_directions` is {args.num_directions!r}, but must be a whole number, at least 1.")
     every: Any = args.write_back_every
     if every != "auto" and not (str(every).isdecimal() and int(every) >= 1):
         raise ConfigError(f'`write_back_every` is {every!r}, but must be a number of steps (at least 1) or "auto".')

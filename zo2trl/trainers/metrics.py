@@ -1,7 +1,9 @@
 """What the logs say about ZO steps: means since the last log, under the names users and dashboards rely on."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,29 +20,29 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self._sums: Counter[str] = Counter()
+        self._estimates: list[tuple[float, float, float]] = []
         self._n_steps = 0
 
     def add(self, estimate: Estimate, *, n_tokens: int, seconds: float, moved: Mapping[str, int]) -> None:
-        """Note one optimizer step; `moved` is bytes per link."""
+        """Note one optimizer step; `moved` is bytes per link. A step whose loss was not finite moves no mean."""
         self._n_steps += 1
-        values = {
-            "projected_grad": estimate.projected_grad, "loss_plus": estimate.loss_plus,
-            "loss_minus": estimate.loss_minus, "tokens": n_tokens, "seconds": seconds,
-        }  # fmt: skip
-        for name, value in values.items():
-            self._sums[name] += value  # type: ignore[assignment]
-        for link in _LINKS:
-            self._sums[f"bytes_{link}"] += moved.get(link, 0)
+        self._sums.update({"tokens": n_tokens, "microseconds": round(seconds * 1e6)})
+        self._sums.update({link: moved.get(link, 0) for link in _LINKS})
+        if estimate.is_finite:
+            self._estimates.append((estimate.projected_grad, estimate.loss_plus, estimate.loss_minus))
 
     def take(self) -> dict[str, float]:
         """The `zo/*` entries for one log, or nothing if no step was made since the last."""
-        sums, n_steps = self._sums, self._n_steps
-        self._sums, self._n_steps = Counter(), 0
+        sums, estimates, n_steps = self._sums, self._estimates, self._n_steps
+        self._sums, self._estimates, self._n_steps = Counter(), [], 0
         if not n_steps:
             return {}
-        means = {name: sums[name] / n_steps for name in ("projected_grad", "loss_plus", "loss_minus")}
-        means["tokens_per_second"] = sums["tokens"] / sums["seconds"]
-        means |= {f"bytes_{link}": sums[f"bytes_{link}"] / n_steps for link in _LINKS}
+        columns = zip(*estimates, strict=True) if estimates else [(math.nan,)] * 3
+        means: dict[str, float] = dict(
+            zip(("projected_grad", "loss_plus", "loss_minus"), map(fmean, columns), strict=True)
+        )
+        means["tokens_per_second"] = sums["tokens"] / max(sums["microseconds"] / 1e6, 1e-6)
+        means |= {f"bytes_{link}": sums[link] / n_steps for link in _LINKS}
         return {f"zo/{name}": value for name, value in means.items()}
 
 

@@ -185,8 +185,7 @@ class ZOTrainerMixin(_Base):
         return self.optimizer
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """Autocast as the arguments ask, without its weight cache: one Parameter holds many probes' weights "
-        "in turn."""
+        """Autocast as the arguments ask, without its weight cache: a Parameter holds many probes' weights in turn."""
         stack = super().compute_loss_context_manager()  # type: ignore[misc]
         stack.enter_context(self.accelerator.autocast(autocast_handler=AutocastKwargs(cache_enabled=False)))
         return stack
@@ -197,9 +196,11 @@ class ZOTrainerMixin(_Base):
         """See [`~transformers.Trainer.train`]. When it returns, the model's parameters show every finished step."""
         self._micro_batches.clear()
         self._first_step = None
-        output = super().train(*args, **kwargs)  # type: ignore[misc]
-        self.engine.flush()
-        return output
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:  # also after Ctrl-C: what the user looks at next should not be a few steps old
+            if self._engine is not None:
+                self._engine.flush()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Collect micro-batches until gradients would sync, then estimate the slope from all of them in one march."""
@@ -291,6 +292,7 @@ class ZOTrainerMixin(_Base):
             return super().evaluation_loop(batches, *args, **kwargs)  # type: ignore[misc]
         finally:
             del self.prediction_step
+            self.engine.store.homes_changed()  # the user is next: what they write must not meet copies fetched ahead
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._reload(resume_from_checkpoint):

@@ -1,0 +1,159 @@
+"""What people do with a trained model while its trainer is still there."""
+
+import copy
+import io
+import logging
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from tests.support.models import tiny_batch, tiny_model, tiny_rows
+from tests.support.runs import STREAMED_FROM_CPU, STREAMED_FROM_DISK, closing, sft_trainer, weights_of, zo_trainer
+from zo2trl.errors import MarchError
+
+STREAMED = {"cpu": STREAMED_FROM_CPU, "disk": STREAMED_FROM_DISK}
+everywhere = pytest.mark.parametrize("where", STREAMED.values(), ids=STREAMED)
+
+
+def trained(folder: Path, where: dict[str, Any], **options: Any) -> Any:
+    trainer = zo_trainer(folder, tiny_model("llama"), tiny_rows("llama", 6), **where, **options)
+    trainer.train()
+    return trainer
+
+
+@torch.no_grad()
+def loss_of(model: Any) -> float:
+    return model(**tiny_batch("llama")).loss.item()
+
+
+@everywhere
+def test_a_deep_copy_is_an_ordinary_model_of_its_own(where: dict, tmp_path: Path) -> None:
+    with closing(trained(tmp_path, where)) as trainer:
+        twin = copy.deepcopy(trainer.model)
+        assert loss_of(twin) == loss_of(trainer.model)
+        with torch.no_grad():
+            for parameter in twin.model.layers.parameters():
+                parameter.zero_()
+        assert loss_of(twin) != loss_of(trainer.model)
+        twin(**tiny_batch("llama")).loss.backward()
+        assert all(p.grad is not None for p in twin.parameters())
+
+
+@everywhere
+def test_the_model_can_be_pickled(where: dict, tmp_path: Path) -> None:
+    with closing(trained(tmp_path, where)) as trainer:
+        file = io.BytesIO(pickle.dumps(trainer.model))
+        assert loss_of(pickle.load(file)) == loss_of(trainer.model)
+
+
+@everywhere
+def test_a_backward_pass_through_streamed_weights_is_refused(where: dict, tmp_path: Path) -> None:
+    with closing(trained(tmp_path, where)) as trainer:
+        loss = trainer.model(**tiny_batch("llama")).loss
+        with pytest.raises(MarchError, match="backward pass"):
+            loss.backward()
+        trainer.close()
+        trainer.model(**tiny_batch("llama")).loss.backward()
+
+
+@everywhere
+@pytest.mark.parametrize("change", ["in place", "new tensor"])
+def test_weights_changed_by_hand_count_at_once(change: str, where: dict, tmp_path: Path) -> None:
+    with closing(trained(tmp_path, where)) as trainer:
+        plain = copy.deepcopy(trainer.model)
+        for model in (plain, trainer.model):
+            for parameter in model.model.layers.parameters():
+                if change == "in place":
+                    parameter.data.mul_(0.5)  # does not count up the parameter's version
+                else:
+                    parameter.data = parameter.data * 0.5
+        assert loss_of(trainer.model) == loss_of(plain)
+        trainer.save_model(str(tmp_path / "saved"))
+        assert loss_of(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) == loss_of(plain)
+
+
+@everywhere
+def test_changing_weights_between_steps_that_are_pending_is_refused(where: dict, tmp_path: Path) -> None:
+    class Meddler(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                model.model.layers[1].mlp.up_proj.weight.mul_(2.0)
+
+    extra = {"callbacks": [Meddler()]}
+    trainer = zo_trainer(tmp_path, tiny_model("llama"), tiny_rows("llama", 6), extra=extra, **where)
+    with closing(trainer), pytest.raises(MarchError, match=r"layers.1.mlp.up_proj.weight.*flush"):
+        trainer.train()
+
+
+@everywhere
+@pytest.mark.parametrize("safe", [True, False])
+def test_merged_adapters_are_in_the_weights_that_run_and_that_are_saved(
+    safe: bool, where: dict, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with closing(sft_trainer(tmp_path, tiny_model("llama"), extra={"peft_config": config}, **where)) as trainer:
+        trainer.train()
+        wanted = loss_of(trainer.model)
+        merged = trainer.model.merge_and_unload(safe_merge=safe)
+        assert loss_of(merged) == pytest.approx(wanted, abs=1e-5)
+        merged.save_pretrained(tmp_path / "merged")
+        assert loss_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) == pytest.approx(wanted, abs=1e-5)
+
+
+@everywhere
+def test_converting_a_managed_model_says_to_close_first(where: dict, tmp_path: Path) -> None:
+    with closing(trained(tmp_path, where)) as trainer:
+        trainer.model.to(torch.float64)
+        with pytest.raises(MarchError, match=r"trainer\.close\(\)"):
+            loss_of(trainer.model)
+        trainer.model.to(torch.float32)
+        loss_of(trainer.model)
+
+
+@everywhere
+def test_a_second_trainer_may_take_over_the_same_model(where: dict, tmp_path: Path) -> None:
+    with closing(trained(tmp_path / "one", where)) as first:
+        after_one = weights_of(first.model)
+        second = zo_trainer(tmp_path / "two", first.model, tiny_rows("llama", 6), **where)
+        with closing(second):
+            second.train()
+            assert any(not torch.equal(after_one[name], p) for name, p in second.model.named_parameters())
+
+
+def test_a_skipped_step_is_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    def loss(outputs, labels, num_items_in_batch=None):
+        loss.calls += 1
+        value = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return value * (float("nan") if loss.calls == 1 else 1.0)
+
+    loss.calls = 0
+    extra = {"compute_loss_func": loss}
+    with closing(zo_trainer(tmp_path, tiny_model("llama"), tiny_rows("llama", 6), extra=extra)) as trainer:
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        assert "Step 0 is skipped" in caplog.text
+
+
+@everywhere
+def test_after_ctrl_c_the_parameters_show_every_finished_step(where: dict, tmp_path: Path) -> None:
+    class Impatient(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    extra = {"callbacks": [Impatient()]}
+    trainer = zo_trainer(tmp_path / "cut", tiny_model("llama"), tiny_rows("llama", 6), extra=extra, **where)
+    with closing(trainer):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        shown = weights_of(trainer.model)
+        kept = {name: value.clone() for name, value in trainer.model.state_dict().items() if name in shown}
+        assert [name for name in shown if not torch.equal(shown[name], kept[name])] == []
+        trainer.callback_handler.remove_callback(Impatient)
+        trainer.train()
