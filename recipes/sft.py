@@ -28,6 +28,7 @@ python recipes/sft.py \
 # Everything from a file; arguments on the command line win
 python recipes/sft.py --config recipes/sft.yaml --max_steps 100
 
+Needs zo2trl to be installed (`pip install -e .` in a clone).
 A checkpoint that has only pickled weights (`*.bin`) is converted once: zo2trl convert SRC DST
 """
 

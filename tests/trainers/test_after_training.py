@@ -11,10 +11,20 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from tests.support.models import tiny_batch, tiny_model, tiny_rows
-from tests.support.runs import STREAMED_FROM_CPU, STREAMED_FROM_DISK, closing, sft_trainer, weights_of, zo_trainer
+from tests.support.runs import (
+    STREAMED_FROM_CPU,
+    STREAMED_FROM_DISK,
+    closing,
+    prompts,
+    sft_trainer,
+    weights_of,
+    zo_trainer,
+)
+from tests.support.tokenizer import tiny_tokenizer
+from zo2trl import ZOSFTTrainer
 from zo2trl.errors import MarchError
 
 STREAMED = {"cpu": STREAMED_FROM_CPU, "disk": STREAMED_FROM_DISK}
@@ -157,3 +167,45 @@ def test_after_ctrl_c_the_parameters_show_every_finished_step(where: dict, tmp_p
         assert [name for name in shown if not torch.equal(shown[name], kept[name])] == []
         trainer.callback_handler.remove_callback(Impatient)
         trainer.train()
+
+
+@everywhere
+def test_resuming_in_the_same_trainer_is_resuming_in_a_new_one(where: dict, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **where}
+    with closing(zo_trainer(tmp_path, tiny_model("llama"), tiny_rows("llama", 6), **options)) as trainer:
+        trainer.train()
+        straight = weights_of(trainer.model)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        again = weights_of(trainer.model)
+    assert [name for name in straight if not torch.equal(straight[name], again[name])] == []
+
+
+def test_plain_training_arguments_are_enough_for_the_sft_trainer(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    trainer = ZOSFTTrainer(tiny_model("opt"), args, train_dataset=prompts(), processing_class=tiny_tokenizer())
+    with closing(trainer):
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+
+@everywhere
+def test_layers_frozen_between_two_calls_of_train_stay_where_they_are(where: dict, tmp_path: Path) -> None:
+    with closing(trained(tmp_path, where)) as trainer:
+        trainer.model.model.layers[0].requires_grad_(False)
+        before = weights_of(trainer.model)
+        trainer.train()
+        after = weights_of(trainer.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any(name.startswith("model.layers.0.") for name in moved)
+
+
+def test_closing_leaves_nothing_on_the_model(tmp_path: Path) -> None:
+    model = tiny_model("roberta-classes", dtype=torch.bfloat16)
+    trainer = zo_trainer(tmp_path, model, tiny_rows("roberta-classes", 6))
+    trainer.train()
+    trainer.close()
+    assert not hasattr(model, "_is_accelerate_prepared")
+    assert model(**tiny_batch("roberta-classes")).logits.dtype == torch.bfloat16
+    assert not [module for module in model.modules() if "forward" in module.__dict__]

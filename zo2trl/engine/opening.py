@@ -5,6 +5,7 @@ Does not: run a step. Everything that can be refused is refused here, before a b
 
 import logging
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -133,7 +134,9 @@ def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None =
     digest = plan.layout.digest()
     _close_earlier_engines(options.store_dir, model)
     with ExitStack() as undo:
-        folder = StoreFolder(options.store_dir, layout_digest=digest, fs=fs)
+        ours = _digests_of_this_process[options.store_dir.resolve()]
+        folder = StoreFolder(options.store_dir, layout_digest=digest, also_ours=ours, fs=fs)
+        ours.add(digest)
         undo.callback(folder.close)
         _check_disk_space(plan, folder, fs)
         start_journal = partial(_start_journal, folder, _header(digest, rule, options), fs=fs)
@@ -155,10 +158,11 @@ def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None =
 
 
 _open_engines: WeakValueDictionary[Path, Engine] = WeakValueDictionary()
+_digests_of_this_process: dict[Path, set[str]] = defaultdict(set)
 
 
 def _close_earlier_engines(store_dir: Path, model: nn.Module) -> None:
-    # A notebook cell that makes a trainer is run again: the first trainer is still alive somewhere in the session,
+    # A notebook cell that makes a trainer is run again: the first trainer is still alive somewhere in the process,
     # and owns the folder, or hooks blocks of this very model.
     modules = set(model.modules())
     for path, engine in list(_open_engines.items()):

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["fp32_heads"]
 
 
-def fp32_heads(model: nn.Module) -> None:
+def fp32_heads(model: nn.Module) -> list[RemovableHandle]:
     """Make every head of a transformers model return fp32 where it would return 16 bit; twice does no harm."""
-    for head in dict.fromkeys(_heads(model)):
-        if _widen not in head._forward_hooks.values():
-            head.register_forward_hook(_widen)
+    heads = [head for head in dict.fromkeys(_heads(model)) if _widen not in head._forward_hooks.values()]
+    return [head.register_forward_hook(_widen) for head in heads]
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:

@@ -63,6 +63,7 @@ class Engine:
         self._n_skips = 0
         self.visited: list[int] = []  # indices of the points the last march served, in order
         self._scratch: torch.Tensor | None = None
+        self.on_shutdown: list[Callable[[], Any]] = []  # what callers did to the model, to be undone
         self._bind()
 
     def _bind(self) -> None:
@@ -156,6 +157,8 @@ class Engine:
             self.binding.unhook()
             self._scratch = None
             self.store.close()
+            for undo in self.on_shutdown:
+                undo()
 
     # -- marching
 

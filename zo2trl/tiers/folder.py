@@ -16,6 +16,7 @@ Invariant: a folder that holds anything we did not write is never written to.
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from zo2trl.errors import StoreForeign
@@ -32,17 +33,19 @@ _UNIT_FILE = re.compile(r".+@\d+\+?")
 class StoreFolder:
     """An owned store folder, emptied for a new run; `close` gives it up.
 
+    `also_ours` are digests of layouts this process had in the folder before (other weights were trainable, say).
+
     Raises:
         StoreForeign: the folder holds files that are not a store, or the store of another model.
         StoreLocked: another process owns it.
         StoreError: it cannot be made or written.
     """
 
-    def __init__(self, path: Path, *, layout_digest: str, fs: FS = LOCAL) -> None:
+    def __init__(self, path: Path, *, layout_digest: str, also_ours: Collection[str] = (), fs: FS = LOCAL) -> None:
         self.path, self._fs = path, fs
         self._lock: int | None = None
         fs.make_dir(path)
-        self._refuse_foreign(layout_digest)
+        self._refuse_foreign(layout_digest, also_ours)
         self._lock = fs.lock(path / "lock")
         try:
             self._retire_earlier_run()
@@ -69,7 +72,7 @@ class StoreFolder:
             self._fs.close(self._lock)
             self._lock = None
 
-    def _refuse_foreign(self, layout_digest: str) -> None:
+    def _refuse_foreign(self, layout_digest: str, also_ours: Collection[str]) -> None:
         # A run that died while it made the folder leaves a lock and half a description.
         names = [name for name in self._fs.list_names(self.path) if name not in ("lock", f"{_DESCRIPTION}.tmp")]
         if not names:
@@ -89,7 +92,7 @@ class StoreFolder:
                 f"`store_dir` {self.path} has a {_DESCRIPTION} that is not a store's ({error}). Nothing was changed. "
                 "Choose another folder."
             ) from error
-        if known != (FORMAT, layout_digest):
+        if known[0] != FORMAT or known[1] not in (layout_digest, *also_ours):
             raise StoreForeign(
                 f"`store_dir` {self.path} holds the store of another model or of other trainable parameters (format "
                 f"{known[0]}, layout {str(known[1])[:12]}; this run: format {FORMAT}, layout "

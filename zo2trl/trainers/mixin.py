@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -93,7 +94,7 @@ class ZOTrainerMixin(_Base):
             self.close()
             self._engine_options = self._options()
             self._engine = open_engine(self.model, self._engine_options)
-            fp32_heads(self.model)
+            self._engine.on_shutdown += [handle.remove for handle in fp32_heads(self.model)]
             self._shutdown = weakref.finalize(self, self._engine.shutdown)
             self._shutdown.atexit = False  # worker threads have ended by then; the journal is already durable
             logger.info(self._engine.store.summary())
@@ -104,6 +105,17 @@ class ZOTrainerMixin(_Base):
         if self._shutdown is not None:
             self._shutdown()
         self._engine = None
+
+    def _close_if_choices_changed(self) -> None:
+        """Freezing, unfreezing or another `zo_eps` between two calls of `train()` needs a new engine."""
+        if self._engine is None:
+            return
+        trainable = {tensor.name for tensor in self._engine.store.layout.trainable_tensors()}
+        same_weights = trainable == {name for name, p in self.model.named_parameters() if p.requires_grad}
+        kept = {"budgets": self._engine_options.budgets, "dtypes": self._engine_options.dtypes}
+        if not same_weights or replace(self._options(), **kept) != self._engine_options:
+            logger.info("Trainable parameters or ZO arguments have changed: the store is opened anew.")
+            self.close()
 
     def _convert(self, args: TrainingArguments | None, model: Any) -> Any:
         if args is None:
@@ -175,6 +187,7 @@ class ZOTrainerMixin(_Base):
         """No DDP, no autocast wrapper, no `.to()`: accelerate leaves a model alone that says it is prepared."""
         assert self.engine is not None
         model._is_accelerate_prepared = True  # type: ignore[assignment]
+        self.engine.on_shutdown.append(partial(model.__dict__.pop, "_is_accelerate_prepared", None))
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -196,6 +209,7 @@ class ZOTrainerMixin(_Base):
         """See [`~transformers.Trainer.train`]. When it returns, the model's parameters show every finished step."""
         self._micro_batches.clear()
         self._first_step = None
+        self._close_if_choices_changed()
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:  # also after Ctrl-C: what the user looks at next should not be a few steps old
