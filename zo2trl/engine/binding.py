@@ -129,10 +129,8 @@ class Binding:
         if parameter.shape != home.shape or parameter.dtype != home.dtype:
             raise MarchError(
                 f"{spec.name} was replaced by a {parameter.dtype} tensor of shape {tuple(parameter.shape)}; the "
-                "store holds "
-                f"{home.dtype} of shape {tuple(home.shape)}. To convert a trained model, call `trainer.close()` "
-                "first: it is "
-                "an ordinary model from then on."
+                f"store holds {home.dtype} of shape {tuple(home.shape)}. To convert a trained model, call "
+                "`trainer.close()` first: it is an ordinary model from then on."
             )
         home.copy_(parameter.data)
         parameter.data = self._resting[spec.tensor_id] = home
@@ -141,9 +139,8 @@ class Binding:
         if self._store.is_behind(unit):
             self._seen_versions[spec.tensor_id] = self._parameters[spec.tensor_id]._version  # said once
             raise MarchError(
-                f"{spec.name} was changed in place while steps were pending that it had not absorbed: they "
-                "would be added "
-                "to the new values. Call `trainer.engine.flush()` before changing weights between steps."
+                f"{spec.name} was changed in place while steps were pending that it had not absorbed: they would be "
+                "added to the new values. Call `trainer.engine.flush()` before changing weights between steps."
             )
 
     # -- hooks

@@ -227,8 +227,7 @@ def _check_disk_space(plan: Plan, folder: StoreFolder, fs: FS) -> None:
     if needed > free:
         raise BudgetError(
             f"`store_dir` {folder.path} must hold {needed:,} bytes on disk, {free:,} are free. Free some space, "
-            "choose "
-            "another `store_dir`, or raise `cpu_memory` or `device_memory` so that fewer units live on disk."
+            "choose another `store_dir`, or raise `cpu_memory` or `device_memory` so that fewer units live on disk."
         )
 
 

@@ -272,17 +272,16 @@ class Engine:
         if self._n_skips >= MAX_SKIPS_IN_A_ROW:
             raise TrainingDiverged(
                 f"The loss was not finite in {self._n_skips} steps in a row (at step {pending.step}: plus "
-                f"{estimate.loss_plus}, minus {estimate.loss_minus}). No weights were changed by these steps. "
-                "Look at the "
-                "batches of these steps, lower `learning_rate` or `zo_eps`, or load the model in bfloat16 or float32."
+                f"{estimate.loss_plus}, minus {estimate.loss_minus}). No weights were changed by these steps. Look "
+                "at the batches of these steps, lower `learning_rate` or `zo_eps`, or load the model in bfloat16 or "
+                "float32."
             )
 
 
 def _no_backward(saved: Any) -> Any:
     raise MarchError(
         "A backward pass cannot go through streamed weights: they are gone from the device by now. Call "
-        "`trainer.close()` "
-        "first, which leaves an ordinary model in host memory, or use `torch.no_grad()`."
+        "`trainer.close()` first, which leaves an ordinary model in host memory, or use `torch.no_grad()`."
     )
 
 
@@ -290,9 +289,8 @@ def _sum_per_probe(values: Sequence[torch.Tensor], n_probes: int) -> list[float]
     for value in values:
         if value.dtype in (torch.float16, torch.bfloat16):
             raise LossPrecisionError(
-                f"The loss is a {value.dtype} number. At loss 0.5 and eps 1e-3 that quantises the projected "
-                "gradient in "
-                "steps of 0.24 (float16) or 1.95 (bfloat16). Return the loss in float32: compute it from "
+                f"The loss is a {value.dtype} number. At loss 0.5 and eps 1e-3 that quantises the projected gradient "
+                "in steps of 0.24 (float16) or 1.95 (bfloat16). Return the loss in float32: compute it from "
                 "`logits.float()`."
             )
     numbers = torch.stack([value.detach().double().reshape(()) for value in values]).tolist()

@@ -80,8 +80,7 @@ class StoreFolder:
         if _DESCRIPTION not in names:
             raise StoreForeign(
                 f"`store_dir` {self.path} is not empty and holds no store ({names[0]!r}, {len(names)} entries). "
-                "Nothing was "
-                "changed. Choose an empty or new folder."
+                "Nothing was changed. Choose an empty or new folder."
             )
         text = self._fs.read_text(self.path / _DESCRIPTION, max_bytes=_MAX_DESCRIPTION_BYTES)
         try:
@@ -95,16 +94,15 @@ class StoreFolder:
         if known[0] != FORMAT or known[1] not in (layout_digest, *also_ours):
             raise StoreForeign(
                 f"`store_dir` {self.path} holds the store of another model or of other trainable parameters (format "
-                f"{known[0]}, layout {str(known[1])[:12]}; this run: format {FORMAT}, layout "
-                f"{layout_digest[:12]}). Nothing "
-                "was changed. Choose another `store_dir`, or delete that folder if its run is no longer needed."
+                f"{known[0]}, layout {str(known[1])[:12]}; this run: format {FORMAT}, layout {layout_digest[:12]}). "
+                "Nothing was changed. Choose another `store_dir`, or delete that folder if its run is no longer "
+                "needed."
             )
         strange = [name for name in self._unit_files() if not _UNIT_FILE.fullmatch(name)]
         if strange:
             raise StoreForeign(
-                f"{self.units} holds {strange[0]!r}, which is no unit of this store. Nothing was changed. Move "
-                "it away, "
-                "or choose another `store_dir`."
+                f"{self.units} holds {strange[0]!r}, which is no unit of this store. Nothing was changed. Move it "
+                "away, or choose another `store_dir`."
             )
 
     def retire_journal(self) -> None:

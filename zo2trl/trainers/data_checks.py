@@ -26,8 +26,7 @@ def check_dataset(dataset: Any, *, name: str) -> None:
     if isinstance(dataset, Sized) and len(dataset) == 0:
         raise ConfigError(
             f"`{name}` is empty. If it was not before, every example was filtered out: look at `max_length` "
-            "(examples whose "
-            "completion was cut off entirely are dropped) and at the columns it should have."
+            "(examples whose completion was cut off entirely are dropped) and at the columns it should have."
         )
 
 

@@ -109,14 +109,13 @@ def _refuse(args: TrainingArguments) -> None:
         or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     ):
         raise UnsupportedError(
-            "`accelerate launch` was configured for DeepSpeed or FSDP, which own the parameters, and so does "
-            "the tiered "
-            "store. Launch with `distributed_type: NO`."
+            "`accelerate launch` was configured for DeepSpeed or FSDP, which own the parameters, and so does the "
+            "tiered store. Launch with `distributed_type: NO`."
         )
     if args.world_size > 1:
         raise UnsupportedError(
-            f"`world_size` is {args.world_size}, but this release trains in one process. Launch with "
-            "`num_processes: 1`."
+            f"`world_size` is {args.world_size}, but this release trains in one process. Launch with `num_processes: "
+            "1`."
         )
 
 
