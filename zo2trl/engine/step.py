@@ -281,7 +281,7 @@ class Engine:
 def _no_backward(saved: Any) -> Any:
     raise MarchError(
         "A backward pass cannot go through streamed weights: they are gone from the device by now. Call "
-        "`trainer.close()` first, which leaves an ordinary model in host memory, or use `torch.no_grad()`."
+        "`trainer.close()` first, which leaves an ordinary model, or use `torch.no_grad()`."
     )
 
 

@@ -101,7 +101,11 @@ class ZOTrainerMixin(_Base):
         return self._engine
 
     def close(self) -> None:
-        """Give up the store: threads, folder lock and hooks. The model stays usable on the CPU; idempotent."""
+        """Give up the store: threads, folder lock and hooks; idempotent.
+
+        The model is an ordinary one from then on, with each weight where its home was: in host memory, in a mapped
+        file, or, if it was resident, on the device.
+        """
         if self._shutdown is not None:
             self._shutdown()
         self._engine = None
