@@ -5,14 +5,13 @@ Does not: run a step. Everything that can be refused is refused here, before a b
 
 import logging
 import platform
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -134,9 +133,9 @@ def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None =
     digest = plan.layout.digest()
     _close_earlier_engines(options.store_dir, model)
     with ExitStack() as undo:
-        ours = _digests_of_this_process[options.store_dir.resolve()]
-        folder = StoreFolder(options.store_dir, layout_digest=digest, also_ours=ours, fs=fs)
-        ours.add(digest)
+        known = _layouts_of_models.setdefault(model, set())
+        folder = StoreFolder(options.store_dir, layout_digest=digest, also_ours=known, fs=fs)
+        known.add(digest)
         undo.callback(folder.close)
         _check_disk_space(plan, folder, fs)
         start_journal = partial(_start_journal, folder, _header(digest, rule, options), fs=fs)
@@ -158,7 +157,7 @@ def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None =
 
 
 _open_engines: WeakValueDictionary[Path, Engine] = WeakValueDictionary()
-_digests_of_this_process: dict[Path, set[str]] = defaultdict(set)
+_layouts_of_models: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def _close_earlier_engines(store_dir: Path, model: nn.Module) -> None:

@@ -33,7 +33,7 @@ _UNIT_FILE = re.compile(r".+@\d+\+?")
 class StoreFolder:
     """An owned store folder, emptied for a new run; `close` gives it up.
 
-    `also_ours` are digests of layouts this process had in the folder before (other weights were trainable, say).
+    `also_ours` are digests the same model had before (other weights were trainable, say).
 
     Raises:
         StoreForeign: the folder holds files that are not a store, or the store of another model.
