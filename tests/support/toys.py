@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
+from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.step import Engine
 from zo2trl.tiers.placement import Budgets
 from zo2trl.zo.noise import TILE, TileMap, derive_seed, make_noise
@@ -111,7 +111,7 @@ def options(folder: Path, *, tier: str = "disk", **choices) -> EngineOptions:
 def opened(model: nn.Module, folder: Path, *, tier: str = "disk", **choices) -> Iterator[Engine]:
     """An engine over a model, shut down at the end."""
     chosen = options(folder, tier=tier, **choices)
-    engine = open_engine(model, chosen, plan=plan_engine(model, chosen))
+    engine = open_engine(model, chosen)
     try:
         yield engine
     finally:

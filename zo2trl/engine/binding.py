@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from zo2trl.errors import MarchError
 from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit, VisitPoint
 from zo2trl.tiers.store import TieredStore
-from zo2trl.tiers.tier import tensor_view
+from zo2trl.tiers.tier import carve, tensor_view
 
 __all__ = ["Around", "Binding", "Forward"]
 
@@ -163,7 +163,8 @@ class Binding:
             self._wrap(self._model.get_submodule(name), _followed_by(after_stack))
 
     def unhook(self) -> None:
-        """Give the modules their own forward back; idempotent."""
+        """Give the modules their own forward back, and let go of ring and scratch memory; idempotent."""
+        self._bound_views.clear()
         while self._handles:
             self._handles.pop().remove()
         while self._hooked:
@@ -184,7 +185,10 @@ class Binding:
         key = (segment.index, buffer.data_ptr())
         views = self._bound_views.get(key)
         if views is None:
-            views = [(self._parameters[s.tensor_id], _carve(buffer, s, segment.byte_start)) for s in segment.tensors]
+            views = [
+                (self._parameters[s.tensor_id], carve(buffer, s, byte_start=segment.byte_start))
+                for s in segment.tensors
+            ]
             self._bound_views[key] = views
         return views
 
@@ -207,11 +211,6 @@ class Binding:
     @cached_property
     def _nans(self) -> dict[torch.dtype, torch.Tensor]:
         return {}
-
-
-def _carve(buffer: torch.Tensor, spec: TensorSpec, byte_start: int) -> torch.Tensor:
-    start = spec.byte_offset - byte_start
-    return buffer[start : start + spec.n_bytes].view(spec.dtype).view(spec.shape)
 
 
 def _followed_by(after: Callable[[], None]) -> Callable[[Forward, Arguments], Any]:

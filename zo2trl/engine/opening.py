@@ -119,14 +119,14 @@ def plan_engine(model: nn.Module, options: EngineOptions) -> Plan:
     return Plan(layout=by_block, placement=homes)
 
 
-def open_engine(model: nn.Module, options: EngineOptions, *, plan: Plan | None = None, fs: FS = LOCAL) -> Engine:
+def open_engine(model: nn.Module, options: EngineOptions, *, fs: FS = LOCAL) -> Engine:
     """Move a model's parameters into a new store and hook its forwards.
 
     Raises:
         BudgetError, ConfigError: see `plan_engine` and `make_noise`.
         StoreError: the store's folder is foreign, locked, unwritable or too small.
     """
-    plan = plan or plan_engine(model, options)
+    plan = plan_engine(model, options)
     noise, seeds = _make_noise(plan.layout, options)
     rounding = options.rounding or _default_rounding(plan.layout)
     rule = UpdateRule(noise=noise, rounding=rounding, update_along=options.update_along)

@@ -9,7 +9,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from zo2trl.errors import CheckpointError
 from zo2trl.tiers.fs import LOCAL
-from zo2trl.tiers.ingest import build_skeleton, class_named_by, model_names, read_config, read_index, trusted_file
+from zo2trl.tiers.ingest import build_skeleton, class_named_by, indexed_files, model_names, read_config, trusted_file
 
 __all__ = ["convert_checkpoint"]
 
@@ -87,13 +87,7 @@ def _pickled_shards(source: Path) -> list[Path]:
         raise CheckpointError(
             f"{source} has no {single.name} and no {index.name}: nothing to convert. Check the path."
         )
-    shards = [source / PurePosixPath(name) for name in read_index(index)]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise CheckpointError(
-            f"{len(missing)} of the {len(shards)} weight files that {index} names are missing, the first is "
-            f"{missing[0]}. Finish the download or copy them."
-        )
-    return shards
+    return indexed_files(index)
 
 
 def _copy_companions(source: Path, scratch: Path) -> None:

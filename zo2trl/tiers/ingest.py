@@ -17,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ __all__ = ["MappedModel", "load_mapped"]
 
 # An index has one line per tensor; the largest published ones stay under 20 MB.
 MAX_INDEX_BYTES = 256 * 2**20
-
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 _FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
@@ -202,6 +201,17 @@ def read_index(path: Path) -> list[str]:
     return names
 
 
+def indexed_files(index: Path) -> list[Path]:
+    """The files that a ``*.index.json`` names, every one of them there."""
+    files = [index.parent / name for name in read_index(index)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(
+            f"{len(missing)} of the {len(files)} weight files that {index} names are missing, the first is "
+            f"{missing[0]}. Finish the download or copy them."
+        )
+    return files
+
+
 def _take_dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
     value, old_spelling = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
     value = old_spelling if value is None else value
@@ -261,19 +271,9 @@ def _weight_files(source: str, config: PreTrainedConfig, kwargs: Mapping[str, An
     if not Path(source).is_dir():
         return _hub_files(source, candidates, kwargs)
     folder = _folder(source, kwargs)
-    for name in candidates:
-        path = trusted_file(folder, name)
-        if not path.is_file():
-            continue
-        if not name.endswith(".json"):
-            return [path]
-        files = [folder / PurePosixPath(shard) for shard in read_index(path)]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise CheckpointError(
-                f"{len(missing)} of the {len(files)} weight files that {path} names are missing, the first is "
-                f"{missing[0]}. Finish the download or copy them."
-            )
-        return files
+    for path in (trusted_file(folder, name) for name in candidates):
+        if path.is_file():
+            return indexed_files(path) if path.suffix == ".json" else [path]
     if not any(folder.glob("*.bin")):
         raise CheckpointError(f"{folder} has no {' or '.join(candidates)}: no weights to load. Check the path.")
     raise CheckpointError(

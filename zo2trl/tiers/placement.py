@@ -11,6 +11,7 @@ resident units are spread evenly between streamed ones, so that the link never i
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Literal
 
 from zo2trl.errors import BudgetError, ConfigError
@@ -102,7 +103,9 @@ def place(layout: Layout, budgets: Budgets) -> Placement:
     if budgets.device != "min" and everything.total <= budgets.device:
         return _placement(layout, everything, budgets)
     streamable = _streamable(layout)
-    least = min(everything, _Need(layout, streamed=frozenset(streamable), n_slots=MIN_RING_SLOTS), key=_total)
+    least = min(
+        everything, _Need(layout, streamed=frozenset(streamable), n_slots=MIN_RING_SLOTS), key=attrgetter("total")
+    )
     if budgets.device == "min":
         return _placement(layout, least, budgets)
     if least.total > budgets.device:
@@ -171,10 +174,6 @@ class _Need:
 def scratch_bytes(point: VisitPoint) -> int:
     """Bytes of one perturbed copy of everything trainable that a visit binds."""
     return sum(segment.n_bytes for segment in point.segments if segment.is_trainable)
-
-
-def _total(need: _Need) -> int:
-    return need.total
 
 
 def _placement(layout: Layout, need: _Need, budgets: Budgets) -> Placement:

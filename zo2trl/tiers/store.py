@@ -18,7 +18,6 @@ from contextlib import contextmanager
 import torch
 
 from zo2trl.amp.codecs import PLAIN
-from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.gpu import DeviceTier
 from zo2trl.tiers.interrupts import uninterrupted
 from zo2trl.tiers.journal import Journal
@@ -217,12 +216,8 @@ class TieredStore:
 
     def flush(self) -> None:
         """Bring every home up to date: saved weights and views are never a step behind."""
-        behind = [
-            segment for segment in self.layout.segments
-            if segment.is_trainable and self._ledger.position(segment) < len(self.journal.records)
-        ]  # fmt: skip
         with self.writing_back():
-            for segment in behind:
+            for segment in filter(self._is_behind, self.layout.segments):
                 alone = VisitPoint(index=-1, module_name="", block_name="", segments=(segment,))
                 with self.lease(alone):
                     pass
@@ -231,11 +226,10 @@ class TieredStore:
 
     def is_behind(self, unit: Unit) -> bool:
         """True while steps are in the journal that a unit's bytes at home have not absorbed."""
-        return any(
-            s.is_trainable and self._ledger.position(s) < len(self.journal.records)
-            for s in self.layout.segments
-            if s.unit is unit
-        )
+        return any(self._is_behind(segment) for segment in self.layout.segments if segment.unit is unit)
+
+    def _is_behind(self, segment: Segment) -> bool:
+        return segment.is_trainable and self._ledger.position(segment) < len(self.journal.records)
 
     @uninterrupted
     def homes_changed(self) -> None:
@@ -321,13 +315,13 @@ class TieredStore:
         tier = self._tier(segment.unit)
         with self._staging.downloaded(weights, ready) as data:
             complete = tier.write(segment, data, version=position)
+        on_disk = self.tier_of(segment.unit) == "disk"
         with self._lock:
             self._ledger.draft(segment, position)
             if complete:
                 tier.publish(segment.unit)
                 self._ledger.publish(segment)
-                self._versions[segment.unit.index] += isinstance(tier, DiskTier)
-        on_disk = isinstance(tier, DiskTier)
+                self._versions[segment.unit.index] += on_disk
         self._count(
             disk_written=segment.n_bytes if on_disk else 0,
             d2h=segment.n_bytes if self.device.type != "cpu" or not on_disk else 0,

@@ -12,7 +12,7 @@ import torch
 
 from zo2trl.tiers.layout import Segment, TensorSpec, Unit
 
-__all__ = ["Source", "Tier", "tensor_view"]
+__all__ = ["Source", "Tier", "carve", "tensor_view"]
 
 Source = Callable[[TensorSpec], torch.Tensor]
 """Gives a tensor's values, in the spec's shape and dtype, on any device, while a unit is adopted."""
@@ -49,12 +49,16 @@ class Tier(Protocol):
         ...
 
 
+def carve(buffer: torch.Tensor, spec: TensorSpec, *, byte_start: int = 0) -> torch.Tensor:
+    """One parameter inside a buffer that starts at `byte_start` of its unit, sharing the buffer's storage."""
+    start = spec.byte_offset - byte_start
+    return buffer[start : start + spec.n_bytes].view(spec.dtype).view(spec.shape)
+
+
 def tensor_view(buffer: torch.Tensor, spec: TensorSpec, *, byte_start: int = 0) -> torch.Tensor:
     """One parameter inside a unit's or a segment's buffer, as a tensor with a storage of its own.
 
     Savers recognise tied weights by their storage: views of one buffer would all look tied, so each view goes
     through DLPack, which wraps the same memory in a new storage.
     """
-    start = spec.byte_offset - byte_start
-    flat = buffer[start : start + spec.n_bytes].view(spec.dtype)
-    return torch.from_dlpack(flat.view(spec.shape))
+    return torch.from_dlpack(carve(buffer, spec, byte_start=byte_start))

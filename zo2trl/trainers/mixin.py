@@ -72,7 +72,7 @@ class ZOTrainerMixin(_Base):
         config._n_gpu = min(config.n_gpu, 1)  # one process drives one device; more would mean DataParallel
         self._casts = {}
         self._micro_batches: list[tuple[Any, Any]] = []
-        self._first_step: int | None = None
+        self._step_offset: int | None = None  # journal step - global step, known from the first step of a training on
         self._step_metrics = StepMetrics()
         self._scaling = LossScaling()
         init_kwargs = getattr(config, "model_init_kwargs", None)
@@ -95,6 +95,7 @@ class ZOTrainerMixin(_Base):
             self._engine_options = self._options()
             self._engine = open_engine(self.model, self._engine_options)
             self._engine.on_shutdown += [handle.remove for handle in fp32_heads(self.model)]
+            self._engine.on_shutdown.append(partial(self.model.__dict__.pop, "_is_accelerate_prepared", None))
             self._shutdown = weakref.finalize(self, self._engine.shutdown)
             self._shutdown.atexit = False  # worker threads have ended by then; the journal is already durable
             logger.info(self._engine.store.summary())
@@ -191,7 +192,6 @@ class ZOTrainerMixin(_Base):
         """No DDP, no autocast wrapper, no `.to()`: accelerate leaves a model alone that says it is prepared."""
         assert self.engine is not None
         model._is_accelerate_prepared = True  # type: ignore[assignment]
-        self.engine.on_shutdown.append(partial(model.__dict__.pop, "_is_accelerate_prepared", None))
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -212,7 +212,7 @@ class ZOTrainerMixin(_Base):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See [`~transformers.Trainer.train`]. When it returns, the model's parameters show every finished step."""
         self._micro_batches.clear()
-        self._first_step = None
+        self._step_offset = None
         self._close_if_choices_changed()
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -230,12 +230,12 @@ class ZOTrainerMixin(_Base):
         # The root says "training" to loss and metric code; everything below runs without dropout, as MeZO does.
         model.eval()
         model.training = True
-        self._prepare_step(model, batches)
+        step_offset = self._prepare_step(model, batches)
         started_s, moved = time.perf_counter(), engine.store.traffic.copy()
         with self.probes_counted_once(len(engine.estimator.probes())):
             estimate = engine.step(
                 [partial(self._loss, model, *batch) for batch in batches],
-                step=self._step_offset + self.state.global_step,
+                step=step_offset + self.state.global_step,
                 passes_per_march=passes_per_march(engine.store, model, batches[0][0]),
             )
         self._grads = estimate.projected_grads
@@ -248,17 +248,18 @@ class ZOTrainerMixin(_Base):
         )  # fmt: skip
         return torch.tensor(estimate.loss, device=self.args.device)
 
-    def _prepare_step(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> None:
+    def _prepare_step(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> int:
         with self.probes_counted_once(0):
             self._scaling.find_out(self, model, batches)
-            if self._first_step is None:
+            if self._step_offset is None:
                 settle_granularity(self.engine, partial(self._loss, model, *batches[0]), options=self._engine_options)
-        if self._first_step is None:
-            self._first_step = self.state.global_step
-            records = self.engine.store.journal.records
-            # A second call of `train()` counts steps from 0 again, but its directions and records must be new ones.
-            is_rerun = records and records[-1].step >= self._first_step
-            self._step_offset = records[-1].step + 1 - self._first_step if is_rerun else 0
+                self._step_offset = self._find_step_offset()
+        return self._step_offset
+
+    def _find_step_offset(self) -> int:
+        # A second call of `train()` counts steps from 0 again, but its directions and records must be new ones.
+        records, first_step = self.engine.store.journal.records, self.state.global_step
+        return records[-1].step + 1 - first_step if records and records[-1].step >= first_step else 0
 
     def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         with self.compute_loss_context_manager():
