@@ -18,7 +18,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-ROOMS_THAT_OWN_HANDLES = (TESTS / "tiers", TESTS / "engine")
+ROOMS_THAT_OWN_HANDLES = (TESTS / "tiers", TESTS / "engine", TESTS / "crash", TESTS / "faults")
 PATIENCE_S = 2.0
 
 

@@ -27,7 +27,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "fcntl*": FS_ONLY,
     "numpy.memmap": FS_ONLY,
     "trl*": ("trainers/*",),
-    "peft*": ("trainers/*",),
+    "peft*": ("trainers/*", "tiers/model_files.py"),
     "transformers.Train*": ("trainers/*",),
     "transformers.train*": ("trainers/*",),
     "transformers.Seq2SeqTrain*": ("trainers/*",),

@@ -8,7 +8,18 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from tests.support.toys import Block, Toy, batch, opened, options, plain_run, toy, train
+from tests.support.toys import (
+    Block,
+    Toy,
+    assert_same_weights,
+    batch,
+    opened,
+    options,
+    plain_run,
+    toy,
+    train,
+    weights_of,
+)
 from zo2trl.engine.discovery import settle_granularity
 from zo2trl.engine.opening import open_engine, plan_engine
 from zo2trl.errors import BudgetError, MarchError
@@ -172,12 +183,17 @@ def test_a_leaf_called_twice_that_cannot_stay_whole_is_refused(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- timing
 
 
-def test_nothing_is_discovered_once_steps_were_made(tmp_path):
-    model = toy()
+def test_discovery_in_the_middle_of_a_run_changes_no_weight(tmp_path):
+    model, other = toy(), toy()
     chosen = options(tmp_path / "store", tier="cpu", granularity="leaf")
+    with opened(other, tmp_path / "plain", tier="cpu", granularity="leaf") as engine:
+        train(engine, other, steps=2)
+        engine.flush()
+        expected = weights_of(other)
     with opened(model, tmp_path / "store", tier="cpu", granularity="leaf") as engine:
-        train(engine, model, steps=1)
-        settle_granularity(engine, lambda: pytest.fail("no forward is needed"), options=chosen)
+        train(engine, model, steps=2)
+        settle_granularity(engine, lambda: model(batch()), options=chosen)
+        assert_same_weights(model, expected)
 
 
 def test_whole_blocks_need_no_discovery(tmp_path):

@@ -298,12 +298,12 @@ def test_committing_without_a_step_records_nothing(tmp_path):
 def test_the_record_holds_what_was_applied(tmp_path):
     model = toy()
     with opened(model, tmp_path / "store", zo_eps=1e-2) as engine:
-        engine.step([lambda: model(batch())], step=4)
-        engine.commit(learning_rate=0.1, weight_decay=0.2, projected_grads=[0.5])
+        estimate = engine.step([lambda: model(batch())], step=4)
+        engine.commit(learning_rate=0.1, weight_decay=0.2, projected_grads=[0.5], grad_norm=0.75)
         assert engine.store.journal.records == [
             StepRecord(
                 step=4, seed=derive_seed(7, 4, 0), projected_grads=(0.5,), learning_rate=0.1, weight_decay=0.2,
-                zo_eps=1e-2,
+                zo_eps=1e-2, loss_plus=estimate.loss_plus, loss_minus=estimate.loss_minus, grad_norm=0.75,
             )
         ]  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -12,10 +11,14 @@ from zo2trl.tiers.cpu import HostTier
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.gpu import DeviceTier
+from zo2trl.tiers.homes import Homes
 from zo2trl.tiers.journal import Journal
 from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit, VisitPoint, plan_layout
+from zo2trl.tiers.logbook import Logbook
 from zo2trl.tiers.placement import Budgets, Placement, place
-from zo2trl.tiers.store import TieredStore
+from zo2trl.tiers.store import Rhythm, TieredStore
+from zo2trl.tiers.three import Tiers
+from zo2trl.tiers.unit_files import UnitFiles
 from zo2trl.zo.noise import TILE, TileMap, make_noise
 from zo2trl.zo.records import StepRecord
 from zo2trl.zo.rules import Rounding, Span, UpdateRule
@@ -65,7 +68,7 @@ def record(
 ) -> StepRecord:
     return StepRecord(
         step=step, seed=1000 + step if seed is None else seed, projected_grads=(grad,), learning_rate=lr,
-        weight_decay=wd, zo_eps=1e-3,
+        weight_decay=wd, zo_eps=1e-3, loss_plus=2.0 + grad * 1e-3, loss_minus=2.0 - grad * 1e-3, grad_norm=abs(grad),
     )  # fmt: skip
 
 
@@ -85,6 +88,7 @@ def make_store(
     *,
     tier: str = "disk",
     every: int = 1,
+    snapshot: int = 1 << 40,
     by_leaf: bool = False,
     fs: FS = LOCAL,
     disk: Callable[..., DiskTier] = DiskTier,
@@ -93,19 +97,17 @@ def make_store(
     layout = plan_layout(model, leaf_blocks="all" if by_leaf else ())
     placement = placed(layout, tier)
     in_cpu = [layout.units[index] for index in placement.units_in("cpu")]
-    fs.make_dir(folder)
-    names = (folder / f"journal-{number}" for number in count())
-
-    def start_journal() -> Journal:
-        return Journal.create(next(names), header={}, sync=False)
-
-    store = TieredStore(
-        layout, placement, journal=start_journal(), restart_journal=start_journal, rule=rule(), device=CPU,
-        tiers={"gpu": DeviceTier(CPU), "cpu": HostTier(in_cpu, pinned=False), "disk": disk(folder / "units", fs=fs)},
-        write_back_every={"cpu": every, "disk": every},
+    fs.make_dir(folder / "units")
+    files = UnitFiles(folder / "units", fs=fs)
+    tiers = Tiers(gpu=DeviceTier(CPU), cpu=HostTier(in_cpu, pinned=False), disk=disk(files, fs=fs))
+    homes = Homes(layout, placement, tiers=tiers, files=files, device=CPU)
+    homes.found(source_of(model), keep_base=False)
+    journal = Journal.create(folder / "journal", header={}, units=files.founding, sync_every=0)
+    files.attach(journal, layout.units)
+    return TieredStore(
+        homes, journal=journal, logbook=Logbook.open(folder / "logbook"), rule=rule(), device=CPU,
+        rhythm=Rhythm(write_back={"cpu": every, "disk": every}, snapshot=snapshot),
     )  # fmt: skip
-    store.adopt(source_of(model))
-    return store
 
 
 @contextmanager

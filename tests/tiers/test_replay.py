@@ -60,7 +60,7 @@ def test_a_draft_counts_only_once_it_is_the_home():
     ledger.draft(one, 2)
     assert ledger.position(one) == 0
     ledger.draft(two, 2)
-    ledger.publish(two)
+    ledger.publish(two.unit)
     assert (ledger.position(one), ledger.position(two)) == (2, 2)
 
 
@@ -69,7 +69,17 @@ def test_forgotten_drafts_leave_positions_where_they_were():
     ledger = Ledger()
     ledger.draft(one, 2)
     ledger.draft(two, 2)
-    ledger.publish(two)
+    ledger.publish(two.unit)
     assert ledger.forget_drafts() == [one.unit.index]
     assert ledger.forget_drafts() == []
     assert (ledger.position(one), ledger.position(two)) == (0, 2)
+
+
+def test_a_whole_unit_can_be_placed_at_a_position():
+    one, two = synthetic_layout([[1, 1]]).segments[1:]
+    ledger = Ledger()
+    ledger.absorb(one, 4)
+    ledger.place([one, two], 2)
+    assert (ledger.position(one), ledger.position(two)) == (2, 2)
+    ledger.absorb(two, 5)
+    assert (ledger.position(one), ledger.position(two)) == (2, 5)

@@ -16,6 +16,7 @@ from zo2trl.tiers.fs import FS
 from zo2trl.tiers.gpu import DeviceTier
 from zo2trl.tiers.layout import plan_layout
 from zo2trl.tiers.tier import tensor_view
+from zo2trl.tiers.unit_files import UnitFiles
 
 
 def make_tier(name, units, folder, fs=None):
@@ -23,7 +24,9 @@ def make_tier(name, units, folder, fs=None):
         return DeviceTier(CPU)
     if name == "cpu":
         return HostTier(units, pinned=False)
-    return DiskTier(folder / "units", fs=fs or FS())
+    fs = fs or FS()
+    fs.make_dir(folder / "units")
+    return DiskTier(UnitFiles(folder / "units", fs=fs), fs=fs)
 
 
 class Rig:
@@ -49,7 +52,7 @@ class Rig:
         """Write one segment, and publish if that may be; whether it was."""
         complete = self.tier.write(segment, torch.full((segment.n_bytes,), fill, dtype=torch.uint8), version=version)
         if complete:
-            self.tier.publish(segment.unit)
+            self.tier.publish(segment.unit)()
         return complete
 
     def write_unit(self, unit, fill, version):
@@ -200,7 +203,7 @@ def test_a_unit_is_one_plain_file_that_numpy_can_map(disk, tmp_path):
     parameters = dict(disk.model.named_parameters())
     for unit in disk.units:
         mapped = np.memmap(tmp_path / "units" / f"{unit.name}@0", dtype=np.uint8, mode="r")
-        assert mapped.size == unit.n_bytes
+        assert mapped.size == unit.n_bytes + 4 * len(unit.tensors), "its bytes, and a checksum for each tensor"
         for spec in unit.tensors:
             flat = mapped[spec.byte_offset : spec.byte_offset + spec.n_bytes].view(np.float32)
             assert np.array_equal(flat, parameters[spec.name].detach().numpy().ravel())
@@ -222,7 +225,7 @@ def test_a_new_version_replaces_the_old_file_and_old_readers_keep_their_bytes(di
     disk.write_unit(unit, 7, 3)
     assert torch.equal(old, before)
     assert files(tmp_path) == sorted([f"{unit.name}@3", *(f"{u.name}@0" for u in disk.units[1:])])
-    assert (tmp_path / "units" / f"{unit.name}@3").read_bytes() == bytes([7]) * unit.n_bytes
+    assert (tmp_path / "units" / f"{unit.name}@3").read_bytes()[: unit.n_bytes] == bytes([7]) * unit.n_bytes
 
 
 def test_a_newer_version_pushes_out_an_unfinished_one(disk, tmp_path):

@@ -24,6 +24,7 @@ from tests.support.runs import (
     weights_of,
     zo_trainer,
 )
+from zo2trl.tiers.export import export_store
 
 # Write-backs are put off for ever, so whatever is up to date is so because somebody asked for it.
 LAZY = {"write_back_every": 1000, "learning_rate": 0.02}
@@ -94,7 +95,7 @@ def test_evaluation_does_not_disturb_training(place: dict, tmp_path: Path) -> No
 
 @PLACES
 def test_checkpoints_hold_every_step_up_to_their_own(place: dict, tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, **LAZY, **place}
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "save_full_weights": True, **LAZY, **place}
     with closing(zo_trainer(tmp_path, tiny_model("opt"), **one_batch(), **options)) as trainer:
         trainer.train()
     for step, expected in enumerate(after_each_step(3), start=1):
@@ -168,9 +169,11 @@ def test_save_model_in_the_middle_of_nothing_is_up_to_date(place: dict, tmp_path
 
 
 @PLACES
+@pytest.mark.parametrize("full_weights", [False, True])
 @pytest.mark.parametrize("name", ["opt", "mixtral"])
-def test_the_best_model_is_loaded_at_the_end(name: str, place: dict, tmp_path: Path) -> None:
+def test_the_best_model_is_loaded_at_the_end(name: str, full_weights: bool, place: dict, tmp_path: Path) -> None:
     options = {
+        "save_full_weights": full_weights,
         "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4,
         "load_best_model_at_end": True, "learning_rate": 0.05, "write_back_every": 1000,
     }  # fmt: skip
@@ -182,7 +185,10 @@ def test_the_best_model_is_loaded_at_the_end(name: str, place: dict, tmp_path: P
         assert trainer.evaluate()["eval_loss"] == min(losses)
         loaded = weights_of(trainer.model)
         model_class = type(trainer.model)
-    assert differing(loaded, weights_of(model_class.from_pretrained(tmp_path / f"checkpoint-{best}"))) == []
+    export_store(tmp_path / "store", tmp_path / "best", step=best)
+    assert differing(loaded, weights_of(model_class.from_pretrained(tmp_path / "best"))) == []
+    if full_weights:
+        assert differing(loaded, weights_of(model_class.from_pretrained(tmp_path / f"checkpoint-{best}"))) == []
     assert best < 4, "the last model is the best one, so this run shows nothing: choose another learning rate"
 
 

@@ -258,7 +258,7 @@ def test_an_adapted_base_streams_read_only_with_its_adapters_resident(tmp_path: 
 
 
 def test_a_model_card_is_written(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 3}
+    options = {"save_strategy": "steps", "save_steps": 3, "save_full_weights": True}
     with closing(sft_trainer(tmp_path, tiny_model("opt"), **options)) as trainer:
         trainer.train()
         trainer.create_model_card(model_name="tiny")

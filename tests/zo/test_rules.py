@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.stores import record, rule
 from zo2trl.zo import rules
 from zo2trl.zo.noise import TILE, TileMap, derive_seed, make_noise
-from zo2trl.zo.records import SkipRecord, StepRecord
+from zo2trl.zo.records import SkipRecord
 from zo2trl.zo.rules import Span, UpdateRule, direction_seed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,7 +97,7 @@ def test_the_first_direction_carries_the_steps_own_seed_and_the_others_differ():
 def test_a_step_is_sgd_on_the_mean_of_its_directions_plus_decay(wd, decays):
     span = span_of([300, 5], torch.float32, decays=decays)
     buffer = random_buffer(span)
-    step = StepRecord(step=1, seed=9, projected_grads=(0.5, -2.0), learning_rate=0.25, weight_decay=wd, zo_eps=1e-3)
+    step = record(1, seed=9, lr=0.25, wd=wd)._replace(projected_grads=(0.5, -2.0))
     w = span.view(buffer).clone()
     slope = noise_of(span, 9) * 0.25 + noise_of(span, derive_seed(9, 1, 0)) * -1.0
     if decays and wd:

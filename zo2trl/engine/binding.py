@@ -102,8 +102,8 @@ class Binding:
         """Take the parameters' values for known."""
         self._seen_versions = {key: p._version for key, p in self._parameters.items()}
 
-    def adopt_changes(self, point: VisitPoint | None = None) -> bool:
-        """Take over what somebody wrote into parameters at rest, of one point or all; True if there was anything.
+    def adopt_changes(self, point: VisitPoint | None = None) -> list[Unit]:
+        """Take over what somebody wrote into parameters at rest, of one point or all; the units they wrote to.
 
         In-place changes (`load_state_dict`, `p.add_`) are at home already, for they were made there. New tensors
         (`p.data = ...`) are copied home.
@@ -112,17 +112,17 @@ class Binding:
             MarchError: the dtype or shape changed, or steps were pending that the changed weights never saw.
         """
         points = self.layout.points if point is None else (point,)
-        changed = False
+        changed: dict[int, Unit] = {}
         for segment in {id(s): s for p in points for s in p.segments}.values():
             for spec in segment.tensors:
                 parameter, resting = self._parameters[spec.tensor_id], self._resting[spec.tensor_id]
                 is_new = parameter.data_ptr() != resting.data_ptr() or parameter.dtype != resting.dtype
                 if is_new or parameter._version != self._seen_versions[spec.tensor_id]:
                     self._refuse_if_behind(spec, segment.unit)
-                    changed = True
+                    changed[segment.unit.index] = segment.unit
                 if is_new:
                     self._bring_home(spec, parameter, segment.unit)
-        return changed
+        return list(changed.values())
 
     def _bring_home(self, spec: TensorSpec, parameter: nn.Parameter, unit: Unit) -> None:
         home = self._home_views(unit.index)[unit.tensors.index(spec)][1]

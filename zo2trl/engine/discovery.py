@@ -37,7 +37,7 @@ def settle_granularity(engine: Engine, loss: Callable[[], torch.Tensor], *, opti
         MarchError: the loss is not finite leaf by leaf, and whole blocks do not fit to tell why.
     """
     leafy = engine.store.layout.leaf_blocks
-    if not leafy or engine.store.journal.records:
+    if not leafy:
         return
     run = partial(_loss_with_leaves, engine, loss, options=options)
     groups = _groups(engine.store.layout, engine)

@@ -4,39 +4,41 @@ Does not: run a step. Everything that can be refused is refused here, before a b
 """
 
 import logging
-import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-import numpy as np
 import torch
-import transformers
 from torch import nn
 
-from zo2trl.amp.codecs import PLAIN
+from zo2trl.engine.runs import Mode, Run, open_run
 from zo2trl.engine.step import Engine
-from zo2trl.errors import BudgetError, ConfigError
-from zo2trl.tiers.cpu import HostTier
-from zo2trl.tiers.disk import DiskTier
+from zo2trl.errors import BudgetError, ConfigError, StoreForeign
 from zo2trl.tiers.folder import StoreFolder
 from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.gpu import DeviceTier
-from zo2trl.tiers.journal import Journal
 from zo2trl.tiers.layout import Layout, plan_layout
-from zo2trl.tiers.placement import Budgets, Placement, TierName, place, place_again, write_back_interval
-from zo2trl.tiers.store import TieredStore
-from zo2trl.tiers.tier import Tier
+from zo2trl.tiers.model_files import describe_model
+from zo2trl.tiers.placement import (
+    Budgets,
+    Placement,
+    TierName,
+    place,
+    place_again,
+    snapshot_interval,
+    write_back_interval,
+)
+from zo2trl.tiers.store import Rhythm
+from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import TwoSidedSPSA
-from zo2trl.zo.mezo import MezoNoise, MezoSeeds
+from zo2trl.zo.mezo import MezoNoise, MezoSeeds, device_kind
 from zo2trl.zo.noise import Noise, derive_seed, make_noise
 from zo2trl.zo.rules import Rounding, UpdateAlong, UpdateRule
 
-__all__ = ["EngineOptions", "Plan", "open_engine", "plan_again", "plan_engine"]
+__all__ = ["EngineOptions", "Plan", "has_run", "open_engine", "plan_again", "plan_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,11 @@ class EngineOptions:
         granularity: "block", "leaf", or "auto": leaves only where blocks do not fit.
         decay_names: parameters that weight decay applies to.
         dtypes: storage dtypes of parameters to cast while adopting.
+        base_folder: the checkpoint that the model's weights are, bit for bit (but for `dtypes`); None if there is no
+            such thing, or nobody knows.
+        max_replay_s: about how long replaying steps may take when a run is continued.
+        sync_every: steps between two syncs of the journal.
+        describe: writes into a folder what the caller wants exported besides weights.
     """
 
     budgets: Budgets
@@ -75,6 +82,10 @@ class EngineOptions:
     granularity: Granularity = "auto"
     decay_names: Collection[str] = ()
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    base_folder: str | None = None
+    max_replay_s: float = 600.0
+    sync_every: int = 1
+    describe: Callable[[Path], None] = field(default=lambda folder: None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,41 +130,41 @@ def plan_engine(model: nn.Module, options: EngineOptions) -> Plan:
     return Plan(layout=by_block, placement=homes)
 
 
-def open_engine(model: nn.Module, options: EngineOptions, *, fs: FS = LOCAL) -> Engine:
-    """Move a model's parameters into a new store and hook its forwards.
+def open_engine(model: nn.Module, options: EngineOptions, *, mode: Mode = "begin", fs: FS = LOCAL) -> Engine:
+    """Move a model's parameters into a store and hook its forwards.
+
+    Args:
+        mode: "begin" starts a run on the model's weights; "continue" goes on with the run in the folder, of which the
+            model is what it began with; "read" looks at that run without writing to the folder or locking it.
 
     Raises:
         BudgetError, ConfigError: see `plan_engine` and `make_noise`.
-        StoreError: the store's folder is foreign, locked, unwritable or too small.
+        StoreError: the store's folder is foreign, locked, damaged, unwritable or too small.
     """
     plan = plan_engine(model, options)
     noise, seeds = _make_noise(plan.layout, options)
     rounding = options.rounding or _default_rounding(plan.layout)
     rule = UpdateRule(noise=noise, rounding=rounding, update_along=options.update_along)
-    digest = plan.layout.digest()
+    run = _run_of(plan, options, rule=rule, model=model)
     _close_earlier_engines(options.store_dir, model)
     with ExitStack() as undo:
-        known = _layouts_of_models.setdefault(model, set())
-        folder = StoreFolder(options.store_dir, layout_digest=digest, also_ours=known, fs=fs)
-        known.add(digest)
+        folder = _open_folder(model, plan, options, mode=mode, fs=fs)
         undo.callback(folder.close)
-        _check_disk_space(plan, folder, fs)
-        start_journal = partial(_start_journal, folder, _header(digest, rule, options), fs=fs)
-        journal = start_journal()
-        undo.callback(journal.close)
-        store = TieredStore(
-            plan.layout, plan.placement, journal=journal, rule=rule, device=options.device,
-            tiers=_make_tiers(plan, folder, device=options.device, fs=fs),
-            write_back_every=_intervals(plan.layout, options), restart_journal=start_journal,
-            on_close=folder.close,
-        )  # fmt: skip
+        named = dict(model.named_parameters(remove_duplicate=False))
+        source: Source = lambda spec: named[spec.name].detach().to(spec.dtype)  # noqa: E731
+        store = open_run(folder, run, source, mode=mode, fs=fs)
         undo.callback(store.close)
-        _adopt(model, store)
+        _move_buffers(model, options.device)
         estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
         engine = Engine(model, store, estimator=estimator, seeds=seeds)
         undo.pop_all()
     _open_engines[options.store_dir.resolve()] = engine
     return engine
+
+
+def has_run(store_dir: Path, *, fs: FS = LOCAL) -> bool:
+    """Whether a folder holds a run that could be continued, the one set aside included."""
+    return any(fs.exists(store_dir / name) for name in ("journal", "earlier/journal", "journal.moving"))
 
 
 _open_engines: WeakValueDictionary[Path, Engine] = WeakValueDictionary()
@@ -172,24 +183,54 @@ def _close_earlier_engines(store_dir: Path, model: nn.Module) -> None:
             engine.shutdown()
 
 
-def _adopt(model: nn.Module, store: TieredStore) -> None:
-    named = dict(model.named_parameters(remove_duplicate=False))
-    store.adopt(lambda spec: named[spec.name].detach().to(spec.dtype))
+def _open_folder(model: nn.Module, plan: Plan, options: EngineOptions, *, mode: Mode, fs: FS) -> StoreFolder:
+    digest = plan.layout.digest()
+    if mode == "read":
+        return StoreFolder.look(options.store_dir, layout_digest=digest, fs=fs)
+    known = _layouts_of_models.setdefault(model, set())
+    folder = StoreFolder.own(options.store_dir, layout_digest=digest, also_ours=known, fs=fs)
+    known.add(digest)
+    if mode == "continue" and not folder.recall_run():
+        folder.close()
+        raise StoreForeign(f"`store_dir` {options.store_dir} holds no run to continue. Check the path.")
+    return folder
+
+
+def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.Module) -> Run:
+    trainable = plan.layout.trainable_tensors()
+    rhythm = Rhythm(
+        write_back=_intervals(plan.layout, options),
+        snapshot=snapshot_interval(
+            sum(spec.numel for spec in trainable),
+            device_type=options.device.type, max_replay_s=options.max_replay_s,
+        ),
+    )  # fmt: skip
+    facts = {
+        "direction": options.direction, "decays": sorted(options.decay_names), "seed": options.seed,
+    }  # fmt: skip
+    return Run(
+        layout=plan.layout, placement=plan.placement, rule=rule, rhythm=rhythm, device=options.device, facts=facts,
+        base_folder=options.base_folder, sync_every=options.sync_every,
+        describe=partial(_describe, model, also=options.describe),
+    )  # fmt: skip
+
+
+def _describe(model: nn.Module, folder: Path, *, also: Callable[[Path], None]) -> None:
+    describe_model(model, folder)
+    also(folder)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(store.device)
-
-
-def _start_journal(folder: StoreFolder, header: dict[str, Any], *, fs: FS) -> Journal:
-    folder.retire_journal()
-    return Journal.create(folder.journal, header=header, fs=fs)
+                module._buffers[name] = buffer.to(device)
 
 
 def _make_noise(layout: Layout, options: EngineOptions) -> tuple[Noise, Callable[[int], int]]:
     if options.direction == "mezo":
         tensors = [(tensor.tensor_id, tensor.numel) for tensor in layout.trainable_tensors()]
-        return MezoNoise(tensors), MezoSeeds(options.seed)
+        return MezoNoise(tensors, device_kind=device_kind(options.device)), MezoSeeds(options.seed)
     noise: Noise = make_noise(options.direction)
     return noise, lambda step: derive_seed(options.seed, step, 0)
 
@@ -208,41 +249,3 @@ def _intervals(layout: Layout, options: EngineOptions) -> dict[TierName, int]:
         return dict.fromkeys(tiers, options.write_back_every)
     kind = options.device.type
     return {tier: write_back_interval(tier=tier, device_type=kind, itemsize=itemsize) for tier in tiers}
-
-
-def _make_tiers(plan: Plan, folder: StoreFolder, *, device: torch.device, fs: FS) -> dict[TierName, Tier]:
-    in_cpu = [plan.layout.units[index] for index in plan.placement.units_in("cpu")]
-    return {
-        "gpu": DeviceTier(device),
-        "cpu": HostTier(in_cpu, pinned=device.type == "cuda"),
-        "disk": DiskTier(folder.units, fs=fs),
-    }
-
-
-def _check_disk_space(plan: Plan, folder: StoreFolder, fs: FS) -> None:
-    on_disk = [plan.layout.units[index].n_bytes for index in plan.placement.units_in("disk")]
-    needed = sum(on_disk) + 2 * max(on_disk, default=0)  # new versions are written beside the old ones
-    free = fs.free_bytes(folder.path)
-    if needed > free:
-        raise BudgetError(
-            f"`store_dir` {folder.path} must hold {needed:,} bytes on disk, {free:,} are free. Free some space, "
-            "choose another `store_dir`, or raise `cpu_memory` or `device_memory` so that fewer units live on disk."
-        )
-
-
-def _header(digest: str, rule: UpdateRule, options: EngineOptions) -> dict[str, Any]:
-    return {
-        "layout": digest,
-        "noise": rule.noise.identity,
-        "rule": rule.identity,
-        "rounding": rule.rounding,
-        "codec": PLAIN.identity,
-        "decays": sorted(options.decay_names),
-        "seed": options.seed,
-        "num_directions": options.num_directions,
-        "device": options.device.type,
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "transformers": transformers.__version__,
-        },
-    }  # fmt: skip

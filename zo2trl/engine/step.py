@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from zo2trl.tiers.placement import Placement
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import CLEAN, Estimate, Probe, TwoSidedSPSA
-from zo2trl.zo.records import SkipRecord, StepRecord
+from zo2trl.zo.records import Record, SkipRecord, StepRecord
 from zo2trl.zo.rules import direction_seed
 
 __all__ = ["MAX_SKIPS_IN_A_ROW", "Engine"]
@@ -60,7 +61,7 @@ class Engine:
         self.model, self.store, self.estimator = model, store, estimator
         self._seeds = seeds
         self._pending: _Pending | None = None
-        self._n_skips = 0
+        self._n_skips = _skips_at_end(store.journal.records)
         self.visited: list[int] = []  # indices of the points the last march served, in order
         self._scratch: torch.Tensor | None = None
         self.on_shutdown: list[Callable[[], Any]] = []  # what callers did to the model, to be undone
@@ -98,12 +99,18 @@ class Engine:
         return estimate
 
     def commit(
-        self, *, learning_rate: float, weight_decay: float, projected_grads: Sequence[float] | None = None
+        self,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        projected_grads: Sequence[float] | None = None,
+        grad_norm: float | None = None,
     ) -> None:
         """Append the pending step to the journal; a non-finite loss becomes a skip that leaves the weights alone.
 
         Args:
             projected_grads: replaces the estimate's own (after clipping, say).
+            grad_norm: what logs show; the mean slope's absolute value by default.
 
         Raises:
             TrainingDiverged: ten skips in a row.
@@ -119,7 +126,8 @@ class Engine:
         record = StepRecord(
             step=pending.step, seed=pending.seed, learning_rate=learning_rate, weight_decay=weight_decay,
             projected_grads=tuple(estimate.projected_grads if projected_grads is None else projected_grads),
-            zo_eps=self.estimator.zo_eps,
+            zo_eps=self.estimator.zo_eps, loss_plus=estimate.loss_plus, loss_minus=estimate.loss_minus,
+            grad_norm=abs(estimate.projected_grad) if grad_norm is None else grad_norm,
         )  # fmt: skip
         self.store.append(record)
 
@@ -136,24 +144,31 @@ class Engine:
             self.binding.put_to_rest()
 
     def replace_weights(self, source: Source) -> None:
-        """Overwrite every weight from outside (a checkpoint); steps that were pending are absorbed first."""
+        """Overwrite every weight from outside (a checkpoint)."""
         self.store.replace(source)
         self.binding.put_to_rest()
 
+    def go_back(self, position: int, *, base: Source) -> None:
+        """Show the weights after `position` records; see `TieredStore.go_back`."""
+        self.store.go_back(position, base=base)
+        self.binding.put_to_rest()
+
     def regranulate(self, layout: Layout, placement: Placement) -> None:
-        """Visit the same units at other points (whole blocks, leaves), before the first step."""
+        """Visit the same units at other points (whole blocks, leaves)."""
         self.binding.unhook()
         self.store.regranulate(layout, placement)
         self._scratch = None
         self._bind()
 
-    def shutdown(self) -> None:
+    def shutdown(self, *, flush: bool = True) -> None:
         """Absorb every step, take the hooks off and close the store; idempotent.
 
-        The parameters keep showing what their homes held, so on the CPU the model stays an ordinary model.
+        The parameters keep showing what their homes held, so on the CPU the model stays an ordinary model. Without
+        `flush` that may be a few steps old: for processes that have to end now, with everything in the journal.
         """
         if self.store.is_open:
-            self.flush()
+            if flush:
+                self.flush()
             self.binding.unhook()
             self._scratch = None
             self.store.close()
@@ -240,9 +255,11 @@ class Engine:
                 self.binding.rest_point(point)
 
     def _adopt_changes(self, point: VisitPoint | None = None) -> None:
-        if self.binding.adopt_changes(point):
-            self.store.homes_changed()
-            self.binding.note_versions()
+        if changed := self.binding.adopt_changes(point):
+            if point is not None:  # whoever wrote here wrote elsewhere, too: all of it becomes durable together
+                changed = list(dict.fromkeys([*changed, *self.binding.adopt_changes()]))
+            self.store.adopt_changes(changed)
+            self.binding.put_to_rest()
 
     def _refusing_backward(self, point: VisitPoint) -> AbstractContextManager[Any]:
         # Autograd would keep views of a ring slot, which holds other weights by the time of the backward pass.
@@ -276,6 +293,10 @@ class Engine:
                 "at the batches of these steps, lower `learning_rate` or `zo_eps`, or load the model in bfloat16 or "
                 "float32."
             )
+
+
+def _skips_at_end(records: Sequence[Record]) -> int:
+    return sum(1 for _ in takewhile(lambda record: isinstance(record, SkipRecord), reversed(records)))
 
 
 def _no_backward(saved: Any) -> Any:

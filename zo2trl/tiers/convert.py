@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from zo2trl.errors import CheckpointError
 from zo2trl.tiers.fs import LOCAL
-from zo2trl.tiers.ingest import build_skeleton, class_named_by, indexed_files, model_names, read_config, trusted_file
+from zo2trl.tiers.ingest import build_skeleton, class_named_by, model_names, read_config
+from zo2trl.tiers.weight_files import indexed_files, trusted_file
 
 __all__ = ["convert_checkpoint"]
 

@@ -5,14 +5,14 @@ with CUDA costs exactly what the placement promised.
 Invariant: a unit keeps its place in the arena for the life of the tier.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from zo2trl.errors import StoreError
 from zo2trl.tiers.layout import Segment, Unit
-from zo2trl.tiers.tier import Source, tensor_view
+from zo2trl.tiers.tier import Pieces, Source, tensor_view
 
 __all__ = ["HostTier", "pin", "unpin"]
 
@@ -61,6 +61,12 @@ class HostTier:
         for spec in unit.tensors:
             tensor_view(home, spec).copy_(source(spec))
 
+    def fill(self, unit: Unit, pieces: Pieces) -> None:
+        """Fill the unit's place with the bytes of a unit file."""
+        home = self.view(unit)
+        for start, piece in pieces:
+            home[start : start + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+
     def weights(self, segment: Segment) -> torch.Tensor:
         """The segment's bytes in place, ready for an asynchronous copy when pinned."""
         return self.view(segment.unit)[segment.byte_start : segment.byte_start + segment.n_bytes]
@@ -70,8 +76,9 @@ class HostTier:
         self.weights(segment).copy_(data)
         return True
 
-    def publish(self, unit: Unit) -> None:
+    def publish(self, unit: Unit) -> Callable[[], None]:
         """Written in place: nothing is left to do."""
+        return _nothing
 
     def abandon(self, unit: Unit) -> None:
         """Nothing is ever half written here."""
@@ -87,3 +94,7 @@ class HostTier:
         if self._arena is not None and self._pinned:
             unpin(self._arena)
         self._arena = None
+
+
+def _nothing() -> None:
+    pass

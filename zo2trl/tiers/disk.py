@@ -1,88 +1,136 @@
-"""Disk tier: one plain file per unit version, mapped for reading, written with pwrite.
+"""Disk tier: the newest version of a unit's file is its home, read with pread and mapped for those who look at it.
 
-Never written through a map: a full disk under a writable map kills the process, under pwrite it is an error.
-Invariant: a published version is never written to again. New bytes go to a new file, the draft; once it is complete,
-`publish` makes it the home and unlinks the old one.
+Never written through a map: a full disk under a writable map kills the process, under pwrite it is an error. And never
+read through one by the engine: a drive that fails, or a file that somebody cuts, is an error too, not a SIGBUS.
+Invariant: a published version is never written to again (unit_files.py).
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
 from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.layout import Segment, Unit
-from zo2trl.tiers.tier import Source
+from zo2trl.tiers.journal import UnitRecord
+from zo2trl.tiers.layout import Segment, TensorSpec, Unit
+from zo2trl.tiers.tier import Source, host_bytes
+from zo2trl.tiers.unit_files import Draft, UnitFiles, check_tensor
 
-__all__ = ["DiskTier"]
-
-
-@dataclass
-class _Home:
-    path: Path
-    map: np.ndarray
+__all__ = ["DiskHome", "DiskTier"]
 
 
-@dataclass
-class _Draft:
-    path: Path
-    file: int
-    version: int
-    written: set[int] = field(default_factory=set)
+class DiskHome:
+    """One published version. It stays readable while anybody holds this object, also when its name is gone."""
+
+    def __init__(self, files: UnitFiles, unit: Unit, record: UnitRecord, *, fs: FS = LOCAL) -> None:
+        self.record = record
+        self._unit, self._fs = unit, fs
+        self._path = files.path(unit, record)
+        self._fd = files.open(unit, record)
+        weakref.finalize(self, fs.close, self._fd)
+        self._crcs = files.read_table(unit, record, self._fd)
+
+    def read(self, tensors: Sequence[TensorSpec], into: memoryview) -> None:
+        """Fill a buffer with consecutive tensors and their padding.
+
+        Every byte is checked every time: a step absorbed by damaged weights would be written back as sound ones.
+
+        Raises:
+            ShortRead, StoreCorrupt: the file was cut or changed meanwhile.
+        """
+        start = tensors[0].byte_offset
+        self._fs.read_at(self._fd, into, start, path=self._path)
+        for spec in tensors:
+            data = into[spec.byte_offset - start : spec.byte_offset - start + spec.n_padded_bytes]
+            check_tensor(self._path, self._unit, spec, data=data, expected=self._crcs[spec.tensor_id])
+
+    def was_written_to(self, tensors: Sequence[TensorSpec], data: memoryview) -> bool:
+        """Whether somebody changed the view of consecutive tensors, whose bytes in the file are `data`; if so, `data`
+        gets what they wrote.
+
+        Writes into the copy-on-write map stay in this process, and reading the file does not see them.
+        """
+        if "map" not in self.__dict__:
+            return False
+        start = tensors[0].byte_offset
+        shown = torch.from_numpy(self.map[start : start + len(data)])
+        stored = torch.frombuffer(data, dtype=torch.uint8)
+        if torch.equal(shown, stored):
+            return False
+        stored.copy_(shown)
+        return True
+
+    @cached_property
+    def map(self) -> np.ndarray:
+        """The unit's bytes, copy-on-write."""
+        # By its descriptor: a newer version may have taken this one's name away.
+        return self._fs.map_open(self._fd)[: self._unit.n_bytes]
 
 
 class DiskTier:
-    """Homes of units in files `<folder>/<unit>@<version>`."""
+    """Homes of units in versioned files.
+
+    `keep_base`: first versions with trainable tensors are kept for good, because nothing else holds these weights.
+    """
 
     name = "disk"
 
-    _homes: dict[int, _Home]
-    _drafts: dict[int, _Draft]
+    _homes: dict[int, DiskHome]
+    _drafts: dict[int, Draft]
 
-    def __init__(self, folder: Path, *, fs: FS = LOCAL) -> None:
-        self._folder = folder
-        self._fs = fs
+    def __init__(self, files: UnitFiles, *, keep_base: bool = False, fs: FS = LOCAL) -> None:
+        self._files, self._fs, self._keep_base = files, fs, keep_base
         self._homes = {}
         self._drafts = {}
-        fs.make_dir(folder)
 
     def adopt(self, unit: Unit, source: Source) -> None:
         """Write the unit's first version, one tensor at a time."""
-        path = self._path(unit, 0)
-        file = self._fs.create(path, unit.n_bytes)
+        draft = self._files.create(unit, position=0)
         try:
             for spec in unit.tensors:
-                self._fs.write_at(file, _host_bytes(source(spec)), spec.byte_offset)
-        finally:
-            self._fs.close(file)
-        self._homes[unit.index] = _Home(path, self._fs.map(path))
+                self._files.write(draft, [spec], host_bytes(source(spec)))
+        except BaseException:
+            self._files.discard(draft)
+            raise
+        self.move_in(unit, self._files.publish(draft, is_origin=self._keep_base and unit.is_trained))
+
+    def restore(self, unit: Unit, record: UnitRecord) -> None:
+        """Open a version that is there, after checking every byte of it."""
+        self._files.check(unit, record)
+        self.move_in(unit, record)
 
     def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
         """Write into the draft of `version`; True when every trainable tensor of the unit is in it."""
         draft = self._draft(segment.unit, version)
-        self._fs.write_at(draft.file, _host_bytes(data), segment.byte_start)
-        draft.written |= {tensor.tensor_id for tensor in segment.tensors}
-        return all(t.tensor_id in draft.written for t in segment.unit.tensors if t.trainable)
+        self._files.write(draft, segment.tensors, host_bytes(data))
+        return not any(spec.trainable for spec in draft.lacks())
 
-    def publish(self, unit: Unit) -> None:
-        """Complete the draft with frozen tensors that no write covered, and make it the home."""
+    def publish(self, unit: Unit) -> Callable[[], None]:
+        """Complete the draft with frozen tensors that no write covered, and make it durable."""
         draft, home = self._drafts.pop(unit.index), self._homes[unit.index]
-        for spec in unit.tensors:
-            if spec.tensor_id not in draft.written:
-                stop = spec.byte_offset + spec.n_padded_bytes
-                self._fs.write_at(draft.file, home.map[spec.byte_offset : stop].data, spec.byte_offset)
-        self._fs.close(draft.file)
-        self._homes[unit.index] = _Home(draft.path, self._fs.map(draft.path))
-        # Readers that still hold the old map keep its pages: an unlinked file lives until its last map goes.
-        self._fs.unlink(home.path)
+        for spec in draft.lacks():
+            data = memoryview(bytearray(spec.n_padded_bytes))
+            home.read([spec], data)
+            self._files.write(draft, [spec], data)
+        # Readers that still hold the old home keep its bytes: an unlinked file lives until its last user goes.
+        return partial(self.move_in, unit, self._files.publish(draft))
 
     def abandon(self, unit: Unit) -> None:
         """Unlink an incomplete draft."""
         draft = self._drafts.pop(unit.index, None)
         if draft is not None:
-            self._fs.close(draft.file)
-            self._fs.unlink(draft.path)
+            self._files.discard(draft)
+
+    def move_in(self, unit: Unit, record: UnitRecord) -> None:
+        """Make a published version the home."""
+        self._homes[unit.index] = DiskHome(self._files, unit, record, fs=self._fs)
+
+    def home(self, unit: Unit) -> DiskHome:
+        """The published version."""
+        return self._homes[unit.index]
 
     def view(self, unit: Unit) -> torch.Tensor:
         """The published version's copy-on-write map."""
@@ -90,28 +138,17 @@ class DiskTier:
 
     def close(self) -> None:
         """Drop maps and unfinished drafts; published files stay."""
-        for index in list(self._drafts):
-            draft = self._drafts.pop(index)
-            self._fs.close(draft.file)
-            self._fs.unlink(draft.path)
+        drafts, self._drafts = self._drafts, {}
         self._homes.clear()
+        with ExitStack() as everything:
+            for draft in drafts.values():
+                everything.callback(self._files.discard, draft)
 
-    def _draft(self, unit: Unit, version: int) -> _Draft:
+    def _draft(self, unit: Unit, version: int) -> Draft:
         draft = self._drafts.get(unit.index)
-        if draft is not None and draft.version != version:
+        if draft is not None and draft.position != version:
             self.abandon(unit)
             draft = None
         if draft is None:
-            path = self._path(unit, version)
-            if path == self._homes[unit.index].path:  # the same step again with other bytes (a checkpoint was loaded)
-                path = path.with_name(f"{path.name}+")
-            draft = _Draft(path, self._fs.create(path, unit.n_bytes), version)
-            self._drafts[unit.index] = draft
+            draft = self._drafts[unit.index] = self._files.create(unit, position=version)
         return draft
-
-    def _path(self, unit: Unit, version: int) -> Path:
-        return self._folder / f"{unit.name}@{version}"
-
-
-def _host_bytes(data: torch.Tensor) -> memoryview:
-    return data.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""The folder of a store: whose it is, what lies where in it, and what happens to an earlier run.
+"""The folder of a store: whose it is, what lies where in it, and what becomes of an earlier run.
 
 Does not: read or write weights or records.
 
@@ -7,54 +7,89 @@ Does not: read or write weights or records.
     store_dir/
     ├── store.json          format and layout digest: which model this store belongs to
     ├── lock                flock of the owning process
-    ├── journal             the steps of this run
-    ├── journal-1.old ...   steps of earlier runs in the same folder, or before a checkpoint was loaded
-    └── units/              <unit>@<version>, one plain file each
+    ├── journal             the steps of this run; it appears when everything below is there, so it makes the run count
+    ├── logbook             evaluations and other measurements of this run
+    ├── layout.json         the units, and checksums of the weights the run began with
+    ├── model/              what an exported folder holds besides weights
+    ├── units/              versions of units
+    ├── earlier/            the run before, complete, until this one has made its first step
+    └── journal-N.old ...   the steps of runs that were started over
 
-Invariant: a folder that holds anything we did not write is never written to.
+Invariants:
+- A folder that holds anything we did not write is never written to.
+- A run with steps is set aside when another begins, and reduced to its journal only when that one makes a step: a
+  script that looks at the model before it resumes loses nothing.
 """
 
 import json
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Self
 
-from zo2trl.errors import StoreForeign
+from zo2trl.errors import StoreError, StoreForeign
 from zo2trl.tiers.fs import FS, LOCAL
+from zo2trl.tiers.journal import Journal
 
 __all__ = ["StoreFolder"]
 
-FORMAT = 1
+FORMAT = 2
 _DESCRIPTION = "store.json"
+_EARLIER = "earlier"
+_MOVING = "journal.moving"
+_OF_A_RUN = ("journal", "logbook", "layout.json", "model", "units")  # the journal first: without it nothing counts
 _MAX_DESCRIPTION_BYTES = 1 << 20
-_UNIT_FILE = re.compile(r".+@\d+\+?")
+_UNIT_FILE = re.compile(r".+@\d+(\.\d+)?")
 
 
 class StoreFolder:
-    """An owned store folder, emptied for a new run; `close` gives it up.
+    """A store folder; make one with `own` (to write) or `look` (to read)."""
 
-    `also_ours` are digests the same model had before (other weights were trainable, say).
-
-    Raises:
-        StoreForeign: the folder holds files that are not a store, or the store of another model.
-        StoreLocked: another process owns it.
-        StoreError: it cannot be made or written.
-    """
-
-    def __init__(self, path: Path, *, layout_digest: str, also_ours: Collection[str] = (), fs: FS = LOCAL) -> None:
+    def __init__(self, path: Path, *, fs: FS = LOCAL) -> None:
         self.path, self._fs = path, fs
         self._lock: int | None = None
+
+    @classmethod
+    def own(cls, path: Path, *, layout_digest: str, also_ours: Collection[str] = (), fs: FS = LOCAL) -> Self:
+        """Lock the folder, made if missing, and write whose it is. `also_ours` are digests the same model had before.
+
+        Raises:
+            StoreForeign: the folder holds files that are not a store, or the store of another model.
+            StoreLocked: another process owns it.
+            StoreError: it cannot be made or written.
+        """
+        folder = cls(path, fs=fs)
         fs.make_dir(path)
-        self._refuse_foreign(layout_digest, also_ours)
-        self._lock = fs.lock(path / "lock")
+        for parent in path.absolute().parents[:2]:  # whoever made them may not have synced their names
+            fs.sync_folder(parent)
+        folder._refuse_foreign(layout_digest, also_ours)
+        folder._lock = fs.lock(path / "lock")
         try:
-            self._retire_earlier_run()
+            folder._finish_moves()
             fs.write_text_atomically(
                 path / _DESCRIPTION, json.dumps({"format": FORMAT, "layout": layout_digest}, indent=1)
             )
         except BaseException:
-            self.close()
+            folder.close()
             raise
+        return folder
+
+    @classmethod
+    def look(cls, path: Path, *, layout_digest: str | None = None, fs: FS = LOCAL) -> Self:
+        """A store to read, of the model with this digest if one is given; nothing is locked or changed.
+
+        Raises:
+            StoreForeign: there is no store, or it is another model's.
+        """
+        folder = cls(path, fs=fs)
+        found = folder._describe() if fs.exists(path / _DESCRIPTION) else None
+        if layout_digest is not None and found is not None:
+            folder._refuse_other(found, (layout_digest,))
+        if folder._count_steps() == 0 and fs.exists(path / _EARLIER / "journal"):
+            folder.path = path / _EARLIER  # the run that would be continued
+        if found is None or not fs.exists(folder.journal):
+            raise StoreForeign(f"{path} holds no store with a run in it. Check the path.")
+        return folder
 
     @property
     def journal(self) -> Path:
@@ -62,8 +97,23 @@ class StoreFolder:
         return self.path / "journal"
 
     @property
+    def logbook(self) -> Path:
+        """File of this run's measurements."""
+        return self.path / "logbook"
+
+    @property
+    def layout(self) -> Path:
+        """File that describes the units."""
+        return self.path / "layout.json"
+
+    @property
+    def model(self) -> Path:
+        """Folder of what is exported besides weights."""
+        return self.path / "model"
+
+    @property
     def units(self) -> Path:
-        """Folder of the disk tier."""
+        """Folder of the versions of units."""
         return self.path / "units"
 
     def close(self) -> None:
@@ -71,6 +121,86 @@ class StoreFolder:
         if self._lock is not None:
             self._fs.close(self._lock)
             self._lock = None
+
+    # -- runs
+
+    def set_run_aside(self) -> int:
+        """Make room for a new run; returns how many steps the one set aside has."""
+        n_steps = self._count_steps()
+        if n_steps is None or n_steps > 0:
+            self._remove_run(self.path / _EARLIER)
+            self._move_run(self.path, self.path / _EARLIER)
+        else:
+            self._remove_run(self.path)
+        for folder in (self.units, self.model):
+            self._fs.make_dir(folder)
+        return n_steps or 0
+
+    def recall_run(self) -> bool:
+        """Bring a run that was set aside back, unless the present one has steps; whether there is a run now."""
+        earlier = self.path / _EARLIER
+        if self._count_steps() == 0 and self._fs.exists(earlier / "journal"):
+            self._remove_run(self.path)
+            self._move_run(earlier, self.path)
+        return self._fs.exists(self.journal)
+
+    def drop_earlier_run(self) -> None:
+        """The present run has its first step: of the one before, keep the journal as `journal-N.old`."""
+        earlier = self.path / _EARLIER
+        if not self._fs.exists(earlier):
+            return
+        if self._fs.exists(earlier / "journal"):
+            taken = set(self._fs.list_names(self.path))
+            number = next(n for n in range(1, len(taken) + 2) if f"journal-{n}.old" not in taken)
+            self._fs.rename(earlier / "journal", self.path / f"journal-{number}.old")
+            self._fs.sync_folder(self.path)
+        self._remove_run(earlier)
+
+    def _count_steps(self) -> int | None:
+        """Steps of the present run, 0 if there is none; None if its journal cannot be read."""
+        if not self._fs.exists(self.journal):
+            return 0
+        try:
+            with Journal.open(self.journal, fs=self._fs, read_only=True) as journal:
+                return len(journal.records)
+        except StoreError:
+            return None
+
+    def _move_run(self, here: Path, there: Path) -> None:
+        """The journal leaves first and arrives last, so that at no moment it counts without its units."""
+        self._fs.make_dir(there)
+        if self._fs.exists(here / "journal"):
+            self._fs.rename(here / "journal", there / _MOVING)
+            for folder in (there, here):
+                self._fs.sync_folder(folder)
+        self._finish_move(here, there)
+
+    def _finish_move(self, here: Path, there: Path) -> None:
+        for name in _OF_A_RUN:
+            if name != "journal" and self._fs.exists(here / name):
+                self._fs.remove(there / name)  # its removal may not have survived
+                self._fs.rename(here / name, there / name)
+        for folder in (there, here):
+            self._fs.sync_folder(folder)
+        if self._fs.exists(there / _MOVING):
+            self._fs.rename(there / _MOVING, there / "journal")
+            self._fs.sync_folder(there)
+
+    def _finish_moves(self) -> None:
+        """What a crash interrupted goes on in the direction it had."""
+        earlier = self.path / _EARLIER
+        for here, there in ((self.path, earlier), (earlier, self.path)):
+            if self._fs.exists(there / _MOVING):
+                self._finish_move(here, there)
+
+    def _remove_run(self, folder: Path) -> None:
+        if self._fs.exists(folder):
+            for name in _OF_A_RUN:
+                self._fs.remove(folder / name)
+                if name == "journal":
+                    self._fs.sync_folder(folder)
+
+    # -- whose it is
 
     def _refuse_foreign(self, layout_digest: str, also_ours: Collection[str]) -> None:
         # A run that died while it made the folder leaves a lock and half a description.
@@ -82,22 +212,7 @@ class StoreFolder:
                 f"`store_dir` {self.path} is not empty and holds no store ({names[0]!r}, {len(names)} entries). "
                 "Nothing was changed. Choose an empty or new folder."
             )
-        text = self._fs.read_text(self.path / _DESCRIPTION, max_bytes=_MAX_DESCRIPTION_BYTES)
-        try:
-            found = json.loads(text)
-            known = found["format"], found["layout"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreForeign(
-                f"`store_dir` {self.path} has a {_DESCRIPTION} that is not a store's ({error}). Nothing was changed. "
-                "Choose another folder."
-            ) from error
-        if known[0] != FORMAT or known[1] not in (layout_digest, *also_ours):
-            raise StoreForeign(
-                f"`store_dir` {self.path} holds the store of another model or of other trainable parameters (format "
-                f"{known[0]}, layout {str(known[1])[:12]}; this run: format {FORMAT}, layout {layout_digest[:12]}). "
-                "Nothing was changed. Choose another `store_dir`, or delete that folder if its run is no longer "
-                "needed."
-            )
+        self._refuse_other(self._describe(), (layout_digest, *also_ours))
         strange = [name for name in self._unit_files() if not _UNIT_FILE.fullmatch(name)]
         if strange:
             raise StoreForeign(
@@ -105,20 +220,25 @@ class StoreFolder:
                 "away, or choose another `store_dir`."
             )
 
-    def retire_journal(self) -> None:
-        """Keep the journal, if there is one, under the first free name `journal-N.old`."""
-        fs = self._fs
-        if fs.exists(self.journal):
-            taken = set(fs.list_names(self.path))
-            number = next(n for n in range(1, len(taken) + 2) if f"journal-{n}.old" not in taken)
-            fs.rename(self.journal, self.path / f"journal-{number}.old")
-            fs.sync_folder(self.path)
+    def _describe(self) -> tuple[object, object]:
+        text = self._fs.read_text(self.path / _DESCRIPTION, max_bytes=_MAX_DESCRIPTION_BYTES)
+        try:
+            found = json.loads(text)
+            return found["format"], found["layout"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoreForeign(
+                f"`store_dir` {self.path} has a {_DESCRIPTION} that is not a store's ({error}). Nothing was changed. "
+                "Choose another folder."
+            ) from error
 
-    def _retire_earlier_run(self) -> None:
-        fs = self._fs
-        self.retire_journal()
-        for name in self._unit_files():
-            fs.unlink(self.units / name)
+    def _refuse_other(self, found: tuple[object, object], digests: Collection[str]) -> None:
+        if found[0] != FORMAT or found[1] not in digests:
+            raise StoreForeign(
+                f"`store_dir` {self.path} holds the store of another model or of other trainable parameters (format "
+                f"{found[0]}, layout {str(found[1])[:12]}; this run: format {FORMAT}, layout "
+                f"{next(iter(digests))[:12]}). Nothing was changed. Choose another `store_dir`, or delete that folder "
+                "if its run is no longer needed."
+            )
 
     def _unit_files(self) -> list[str]:
         return self._fs.list_names(self.units) if self._fs.exists(self.units) else []

@@ -13,7 +13,6 @@ import socket
 import stat
 import threading
 import time
-import unicodedata
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from zo2trl.errors import ShortRead, StoreCorrupt, StoreError, StoreLocked, ZO2TRLError
+from zo2trl.errors import ShortRead, StoreCorrupt, StoreError, StoreLocked
+from zo2trl.tiers.paths import inside
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["FS", "LOCAL", "inside"]
 
 MAX_LOCK_TEXT = 512
-# Python names this flag from 3.13 on; the value is Linux's, the same on x86-64 and arm64.
-MAP_NORESERVE = 0x4000
+MAP_NORESERVE = 0x4000  # Python names it from 3.13 on; the value is Linux's, the same on x86-64 and arm64
 
 _CURES = {
     errno.EEXIST: "Remove it, or choose another folder.",
@@ -102,6 +101,15 @@ class FS:
         with _naming("remove", path):
             path.unlink(missing_ok=missing_ok)
 
+    def remove(self, path: Path) -> None:
+        """Remove a file, or a folder with everything in it (never what a symbolic link leads to), if it is there."""
+        with _naming("remove", path):
+            if not path.is_dir() or path.is_symlink():
+                return self.unlink(path, missing_ok=True)
+            for entry in list(path.iterdir()):
+                self.remove(entry)
+            path.rmdir()
+
     def sync_folder(self, path: Path) -> None:
         """Make the names in the folder durable."""
         with _naming("sync the folder", path):
@@ -110,6 +118,19 @@ class FS:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+    def sync_tree(self, path: Path) -> None:
+        """Make every file below a folder durable, and their names."""
+        for entry in sorted(path.rglob("*")):
+            if entry.is_dir():
+                self.sync_folder(entry)
+            elif entry.is_file():
+                fd = self.open(entry)
+                try:
+                    self.sync_data(fd)
+                finally:
+                    self.close(fd)
+        self.sync_folder(path)
 
     def free_bytes(self, path: Path) -> int:
         """Bytes an ordinary user can still write to the file system of `path` (which must exist)."""
@@ -160,7 +181,10 @@ class FS:
         done = 0
         with _naming("write", fd, n_bytes=len(view)):
             while done < len(view):
-                n_written = self.write_some(fd, view[done:], offset + done)
+                try:
+                    n_written = self.write_some(fd, view[done:], offset + done)
+                except InterruptedError:
+                    continue
                 if n_written <= 0:
                     raise OSError(errno.EIO, "The write made no progress")
                 done += n_written
@@ -174,7 +198,10 @@ class FS:
         done = 0
         with _naming("read", path):
             while done < len(view):
-                n_read = self.read_some(fd, view[done:], offset + done)
+                try:
+                    n_read = self.read_some(fd, view[done:], offset + done)
+                except InterruptedError:
+                    continue
                 if n_read <= 0:
                     raise ShortRead(
                         f"{path} ended too early: wanted {len(view)} bytes from offset {offset}, got {done}. The file "
@@ -196,16 +223,20 @@ class FS:
         A read-only map would turn a stray in-place operation into a segmentation fault. The file must not shrink while
         the array lives. Nothing is reserved, so that a file larger than memory plus swap can be mapped as well.
         """
-        with _naming("map", path):
-            fd = _open_regular(path, os.O_RDONLY)
-            try:
-                n_bytes = os.fstat(fd).st_size
-                if not n_bytes:  # The kernel refuses empty maps.
-                    return np.empty(0, np.uint8)
-                flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                return np.frombuffer(mmap.mmap(fd, n_bytes, flags=flags, prot=access), np.uint8)
-            finally:
-                os.close(fd)
+        fd = self.open(path)
+        try:
+            return self.map_open(fd)
+        finally:
+            self.close(fd)
+
+    def map_open(self, fd: int) -> NDArray[np.uint8]:
+        """The same for an open file, whose name may be gone."""
+        with _naming("map", fd):
+            n_bytes = os.fstat(fd).st_size
+            if not n_bytes:  # The kernel refuses empty maps.
+                return np.empty(0, np.uint8)
+            flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            return np.frombuffer(mmap.mmap(fd, n_bytes, flags=flags, prot=access), np.uint8)
 
     def read_text(self, path: Path, *, max_bytes: int) -> str:
         """The UTF-8 text in `path`; a file of more than `max_bytes` bytes is refused before it is read."""
@@ -262,46 +293,6 @@ class FS:
                     "another folder."
                 )
             time.sleep(0.01)
-
-
-def inside(root: Path, name: str, *, error: type[ZO2TRLError] = StoreError, links_into: tuple[Path, ...] = ()) -> Path:
-    """`root / name` for a name read from data; raises `error` unless that stays below `root`, links followed.
-
-    `links_into` names further folders where symbolic links may lead (a hub cache keeps its blobs beside the
-    snapshots). The name need not exist; if it does it must be a file or a folder, not a pipe or a device.
-    """
-
-    def refuse(why: str) -> ZO2TRLError:
-        shown = name if len(name) <= 200 else name[:200] + "..."
-        return error(
-            f"{shown!r} is not a safe file name below {root}: {why}. Nothing was opened. Get the folder from a source "
-            "you trust, or correct the name."
-        )
-
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise refuse("it is not valid Unicode") from None
-    if not name or "\0" in name or "\\" in name:
-        raise refuse("it is empty, or has a NUL or a backslash")
-    # Some file systems fold look-alike characters: what would then read as ".." or "/" is refused as such.
-    for spelling in (name, unicodedata.normalize("NFKC", name)):
-        parts = spelling.split("/")
-        if spelling.startswith("/") or ".." in parts:
-            raise refuse("it is absolute, or climbs out of the folder")
-    try:
-        real = Path(os.path.realpath(root / name))
-        homes = [Path(os.path.realpath(folder)) for folder in (root, *links_into)]
-        if real == homes[0] or not any(real.is_relative_to(home) for home in homes):
-            raise refuse(f"it leads to {real}")
-        mode = real.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return root / name
-    except OSError as problem:
-        raise refuse(str(problem.strerror)) from problem
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise refuse("it is neither a file nor a folder")
-    return root / name
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 Invariant: a unit's buffer is allocated once and keeps its address.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from zo2trl.tiers.layout import Segment, Unit
-from zo2trl.tiers.tier import Source, tensor_view
+from zo2trl.tiers.tier import Pieces, Source, tensor_view
 
 __all__ = ["DeviceTier"]
 
@@ -29,6 +31,13 @@ class DeviceTier:
             tensor_view(buffer, spec).copy_(source(spec))
         self._buffers[unit.index] = buffer
 
+    def fill(self, unit: Unit, pieces: Pieces) -> None:
+        """Allocate and fill with the bytes of a unit file."""
+        buffer = torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device)
+        for start, piece in pieces:
+            buffer[start : start + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+        self._buffers[unit.index] = buffer
+
     def weights(self, segment: Segment) -> torch.Tensor:
         """The segment's bytes in place: leasing a resident unit moves nothing."""
         return self._buffers[segment.unit.index][segment.byte_start : segment.byte_start + segment.n_bytes]
@@ -38,8 +47,9 @@ class DeviceTier:
         self.weights(segment).copy_(data)
         return True
 
-    def publish(self, unit: Unit) -> None:
+    def publish(self, unit: Unit) -> Callable[[], None]:
         """Written in place: nothing is left to do."""
+        return _nothing
 
     def abandon(self, unit: Unit) -> None:
         """Nothing is ever half written here."""
@@ -51,3 +61,7 @@ class DeviceTier:
     def close(self) -> None:
         """Drop the buffers."""
         self._buffers.clear()
+
+
+def _nothing() -> None:
+    pass

@@ -11,8 +11,6 @@ transformers converts one tensor at a time and writes fused experts to files, an
 
 import copy
 import difflib
-import json
-import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -23,24 +21,21 @@ from typing import Any
 import torch
 import transformers
 from accelerate.hooks import remove_hook_from_module
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file
 
 from zo2trl.errors import CheckpointError, ConfigError, UnsupportedError
-from zo2trl.tiers.fs import LOCAL, inside
+from zo2trl.tiers.fs import LOCAL
 from zo2trl.tiers.layout import find_stacks
 from zo2trl.tiers.placement import format_bytes
+from zo2trl.tiers.weight_files import checkpoint_folder, hub_arguments, read_headers, weight_files
 
 __all__ = ["MappedModel", "load_mapped"]
 
-# An index has one line per tensor; the largest published ones stay under 20 MB.
-MAX_INDEX_BYTES = 256 * 2**20
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-_FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
 _STORE_PLACES = "the parameter store decides where parameters live"
 _NOT_YET = "adapters on quantised bases come with a later release"
@@ -63,11 +58,13 @@ class MappedModel:
         model: on the CPU, in eval mode; most parameters are copy-on-write maps of checkpoint files.
         dtype: what floating parameters must be cast to while they are adopted; None if all are as they should be.
         kept_float32: parameters that are to be float32 whatever `dtype` says (transformers' `keep_in_fp32` modules).
+        is_drawn: some parameters are not in the checkpoint and were drawn at random (a new head).
     """
 
     model: PreTrainedModel
     dtype: torch.dtype | None
     kept_float32: frozenset[str] = frozenset()
+    is_drawn: bool = False
 
     def casts(self) -> dict[str, torch.dtype]:
         """Parameter name -> storage dtype, for the parameters whose dtype still has to change."""
@@ -108,7 +105,7 @@ def load_mapped(
     config = read_config(source, kwargs)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"{source} is quantised (see its config.json): {_NOT_YET}. Load the original model.")
-    stored = _read_headers(_weight_files(source, config, kwargs))
+    stored = read_headers(weight_files(source, config, kwargs))
     floats = (dtype for dtype, _ in stored.values() if dtype is not None)
     dtype: Any = requested or config.dtype or next(floats, torch.get_default_dtype())
     kwargs |= {"dtype": dtype, "use_safetensors": True, "force_download": False}  # Fetched by now; once is enough.
@@ -120,14 +117,15 @@ def load_mapped(
     fused = [name for name, (_, is_converted) in names.items() if is_converted]
     cast = [name for name, (found, _) in stored.items() if found not in (None, dtype_of(names[name][0]))]
     blocks = {f"{name}.{i}" for name, stack in find_stacks(skeleton) for i in range(len(stack))}
+    is_drawn = _lacks_some(skeleton, {name for name, _ in names.values()})
     if not blocks or not (fused or cast):
-        return MappedModel(model_class.from_pretrained(source, **kwargs), None)
+        return MappedModel(model_class.from_pretrained(source, **kwargs), None, is_drawn=is_drawn)
     _make_room(source, offload_folder, dtype.itemsize * sum(stored[name][1] for name in fused))
     kwargs["device_map"] = _blocks_on_disk(skeleton, blocks)
     model = _load_offloaded(model_class, source, folder=offload_folder, kwargs=kwargs)
     kept = frozenset(name for name, _ in model.named_parameters() if dtype_of(name) != dtype)
-    mapped = MappedModel(model, dtype, kept)
-    return mapped if mapped.casts() else MappedModel(model, None)
+    mapped = MappedModel(model, dtype, kept, is_drawn)
+    return mapped if mapped.casts() else MappedModel(model, None, is_drawn=is_drawn)
 
 
 def read_config(source: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
@@ -135,7 +133,7 @@ def read_config(source: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     given = kwargs.get("config")
     if isinstance(given, PreTrainedConfig):
         return copy.deepcopy(given)
-    if given is None and Path(source).is_dir() and not (_folder(source, kwargs) / "config.json").is_file():
+    if given is None and Path(source).is_dir() and not (checkpoint_folder(source, kwargs) / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json, so it is no model folder. Check the path.")
     # Attention and expert kernels are checked when a model is built, and the skeleton needs none.
     skip = ("config", "attn_implementation", "experts_implementation")
@@ -176,40 +174,12 @@ def model_names(
     return {name: (renamed, pattern is not None) for name, (renamed, pattern) in found}
 
 
-def trusted_file(folder: Path, name: str) -> Path:
-    """``folder / name``, refused unless it stays in the folder; a hub cache's blobs beside it count too."""
-    here = folder.absolute()
-    homes = [home for home in here.parents if home.name.startswith("models--") and (home / "blobs").is_dir()]
-    return inside(folder, name, error=CheckpointError, links_into=tuple(homes))
-
-
-def read_index(path: Path) -> list[str]:
-    """The file names in a ``*.index.json``, sorted, each checked to stay in the folder; none of them is opened."""
-    try:
-        index = json.loads(LOCAL.read_text(path, max_bytes=MAX_INDEX_BYTES))
-        names = sorted(set(index["weight_map"].values()))
-        dict(index["metadata"])
-        if not names or not all(isinstance(name, str) for name in names):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not an index of weights: it needs `metadata` and a `weight_map` from tensor names to file "
-            "names. Restore it from where the checkpoint came from."
-        ) from error
-    for name in names:
-        trusted_file(path.parent, name)
-    return names
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """The files that a ``*.index.json`` names, every one of them there."""
-    files = [index.parent / name for name in read_index(index)]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(
-            f"{len(missing)} of the {len(files)} weight files that {index} names are missing, the first is "
-            f"{missing[0]}. Finish the download or copy them."
-        )
-    return files
+def _lacks_some(skeleton: PreTrainedModel, stored: set[str]) -> bool:
+    """Whether a parameter has no values in the files, under any of the names that tied ones have."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return any(stored.isdisjoint(known) for known in names.values())
 
 
 def _take_dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
@@ -246,70 +216,12 @@ def _refuse(kwargs: dict[str, Any]) -> None:
 def _refuse_adapter(source: str, kwargs: Mapping[str, Any]) -> None:
     name = "adapter_config.json"
     is_local = Path(source).is_dir()
-    if (_folder(source, kwargs) / name).is_file() if is_local else cached_file(source, name, **_hub(kwargs)):
+    at_home = (checkpoint_folder(source, kwargs) / name).is_file()
+    if at_home if is_local else cached_file(source, name, **hub_arguments(kwargs)):
         raise UnsupportedError(
             f"{source} is an adapter (it has an {name}). Load the base model and continue the adapter by wrapping the "
             "model with `PeftModel.from_pretrained(model, path, is_trainable=True)`."
         )
-
-
-def _folder(source: str, kwargs: Mapping[str, Any]) -> Path:
-    return Path(source, kwargs.get("subfolder") or "")
-
-
-def _hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for a look-up on the hub that answers None where the repository lacks the file."""
-    given = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    return given | {"_raise_exceptions_for_missing_entries": False}
-
-
-def _weight_files(source: str, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> list[Path]:
-    """The safetensors files of a checkpoint, fetched if they are on the hub; nothing in them is read."""
-    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-    named = getattr(config, "transformers_weights", None)
-    candidates = [named] if named else [f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"]
-    if not Path(source).is_dir():
-        return _hub_files(source, candidates, kwargs)
-    folder = _folder(source, kwargs)
-    for path in (trusted_file(folder, name) for name in candidates):
-        if path.is_file():
-            return indexed_files(path) if path.suffix == ".json" else [path]
-    if not any(folder.glob("*.bin")):
-        raise CheckpointError(f"{folder} has no {' or '.join(candidates)}: no weights to load. Check the path.")
-    raise CheckpointError(
-        f"{folder} holds pickled weights only (*.bin), and unpickling can run code. Convert them once, without "
-        f"running any: `zo2trl convert {folder} {folder.absolute()}-safetensors`, then load that folder."
-    )
-
-
-def _hub_files(source: str, candidates: list[str], kwargs: Mapping[str, Any]) -> list[Path]:
-    for name in candidates:
-        path = cached_file(source, name, **_hub(kwargs))
-        if path is not None and name.endswith(".json"):
-            read_index(Path(path))
-            return [Path(file) for file in get_checkpoint_shard_files(source, path, **_hub(kwargs))[0]]
-        if path is not None:
-            return [Path(path)]
-    raise CheckpointError(
-        f"The repository {source!r} has no {' or '.join(candidates)}, and pickled weights can run code. If it has "
-        "*.bin files, download it to a folder SRC and run `zo2trl convert SRC DST`."
-    )
-
-
-def _read_headers(files: Iterable[Path]) -> dict[str, tuple[torch.dtype | None, int]]:
-    """Name -> (dtype, elements) of every tensor in the files; the dtype is None unless it is a floating one."""
-    found: dict[str, tuple[torch.dtype | None, int]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no dict
-                    tensor = opened.get_slice(name)
-                    found[name] = _FLOAT_DTYPES.get(tensor.get_dtype()), math.prod(tensor.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is not a whole safetensors file ({error}). Fetch it again from where it came from."
-            ) from error
-    return found
 
 
 def _dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.dtype]:

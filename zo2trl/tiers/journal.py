@@ -1,73 +1,60 @@
 """The journal: an append-only log of finished steps, from which weights can be brought to any step by replay.
 
-Does not: lock anything (store.py), apply records (zo/rules.py), or repair damage: what does not check is refused.
-Invariant: when `append` returns, the record and all before it survive a power cut; until then, the file opens to the
-records before it or is refused.
+Does not: lock anything (store.py), apply records (zo/rules.py), or know its bytes (journal_format.py, which shows the
+file, and journal_scan.py). Damage is never repaired by guessing: only the rest of a last append that a crash cut off
+is removed, after a copy of the file as it was.
 
-The file, all numbers little-endian::
-
-    header      "zo2trl journal 1 <bytes of the header, 8 hex digits>\\n", JSON with sorted keys, zeros, CRC32;
-                a multiple of 64 bytes
-    record      64 bytes: type (1 byte), 59 bytes by type, CRC32 of these 60 that starts from the CRC32 before it
-                (the header's for the first record), so that records cannot be swapped, doubled, dropped or borrowed
-    zeros       at least one record of them, up to a multiple of 64 KiB: the room reserved for the next records
-
-A step with n > 1 directions is a STEP with the first projected gradient and COEFFS with 5 more each, in one write.
+Invariants:
+- When `append` returns, the record and all before it survive a power cut (with `sync_every=1`); until then, the file
+  opens to the records before it.
+- Bytes that are not durable yet lie in one sector at most, so that a power cut, which may keep any of the sectors
+  being written, cannot keep a later record without an earlier one.
 """
 
-import json
+import logging
 import math
-import struct
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import ExitStack
-from enum import IntEnum
+from itertools import chain as chain_of
+from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self, TypeGuard, cast
+from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from zo2trl.errors import StoreCorrupt, StoreError, StoreForeign
+from zo2trl.errors import StoreCorrupt, StoreError
 from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.zo.records import Record, SkipRecord, StepRecord
+from zo2trl.tiers.journal_format import (
+    JSON,
+    RECORD_BYTES,
+    History,
+    MarkKind,
+    MarkRecord,
+    UnitRecord,
+    chain,
+    crc_at,
+    encode_header,
+    encode_mark,
+    encode_record,
+    encode_settings,
+    encode_unit,
+)
+from zo2trl.tiers.journal_scan import Scan, scan
+from zo2trl.zo.records import Record, StepRecord
 
-__all__ = ["GROWTH", "JSON", "RECORD_BYTES", "Journal"]
+__all__ = ["GROWTH", "JSON", "RECORD_BYTES", "Journal", "MarkKind", "MarkRecord", "UnitRecord"]
 
-JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
+logger = logging.getLogger(__name__)
 
-FORMAT = 1
-RECORD_BYTES = 64
-BODY_BYTES = 60
-GROWTH = 64 * 1024  # bytes; a multiple of RECORD_BYTES, so that no record crosses a growth step
-MAX_HEADER_BYTES = 1 << 20
-
-_MAGIC = b"zo2trl journal "
-_FIRST_LINE_BYTES = len(_MAGIC) + len("1 00000040\n")
-_CRC = struct.Struct("<I")
-
-
-class _Type(IntEnum):
-    STEP = 1
-    COEFFS = 2
-    SKIP = 3
-    UNIT = 4  # reserved: a unit's bytes were published
-    MARK = 5  # reserved: a step's evaluation and save are done
-
-
-# Bodies without their CRC. STEP: type, n directions, step, seed, first projected gradient, lr, weight decay, eps.
-_STEP = struct.Struct("<B3xIQQ4d4x")
-# COEFFS: type, how many of the five are used, direction of the first, step, projected gradients.
-_COEFFS = struct.Struct("<BBxxIQ5d4x")
-# SKIP: type, step, seed, loss plus, loss minus.
-_SKIP = struct.Struct("<B7xQQ2d20x")
-_PER_COEFFS = 5
-assert _STEP.size == _COEFFS.size == _SKIP.size == BODY_BYTES == RECORD_BYTES - _CRC.size
+SECTOR = 512  # bytes that a drive writes whole or not at all; a multiple of RECORD_BYTES
+GROWTH = 64 * 1024  # bytes; a multiple of SECTOR, so that no record crosses a growth step
+_READ_TRIES = 5  # of a reader whose file changes under it
+_FINGERPRINTED = 64  # records: losses tell runs apart, but ten skips in a row may not
 
 
 class Journal:
-    """One open journal file; not safe for use by several threads at once.
+    """One open journal file. Several threads may use it at once.
 
     Make one with `Journal.create` or `Journal.open`, and close it (or use it as a context manager).
     """
@@ -75,97 +62,167 @@ class Journal:
     path: Path
     header: dict[str, JSON]
     """What the creator said about the store: noise identity, layout hash, rounding, versions ..."""
-    records: list[Record]
-    """Every finished step, steps strictly increasing. Read it; only `append` adds to it."""
+    repaired: str | None
+    """A sentence for the user, if a crash had cut off the last append and `open` removed the rest of it."""
 
     _fs: FS
     _fd: int | None
-    _sync: bool
+    _lock: threading.RLock  # over every change; a writer thread publishes units while the steps go on
+    _history: History
+    _sync_every: int
     _read_only: bool
-    _in_doubt: bool  # an append did not come to its end: the file may hold any part of it
+    _failure: BaseException | None  # what kept an append from its end: the file may hold any part of it
+    _settings: bytes  # body of the SETTINGS in force
     _crc: int  # of the last record: the next one starts from it
     _end: int  # byte offset of the next record
     _capacity: int  # bytes of the file that are reserved and known to be zero from _end on
+    _dirty_sector: int | None  # the one with bytes that were written and not synced
+    _n_unsynced: int  # steps since the last sync
 
-    def __init__(self, path: Path, fd: int, *, fs: FS, sync: bool, read_only: bool) -> None:
+    def __init__(self, path: Path, fd: int, *, fs: FS, sync_every: int, read_only: bool) -> None:
+        if sync_every < 0:
+            raise ValueError(f"sync_every must be 0 (never) or a number of steps, got {sync_every}")
         self.path, self._fd, self._fs = path, fd, fs
-        self._sync, self._read_only, self._in_doubt = sync, read_only, False
+        self._sync_every, self._read_only, self._failure = sync_every, read_only, None
+        self._lock = threading.RLock()
+        self._dirty_sector, self._n_unsynced = None, 0
+        self.repaired = None
 
     @classmethod
-    def create(cls, path: Path, *, header: dict[str, JSON], fs: FS = LOCAL, sync: bool = True) -> Self:
-        """Start an empty journal. Raises `StoreError` if `path` exists, or if the disk has no room for it.
+    def create(
+        cls,
+        path: Path,
+        *,
+        header: dict[str, JSON],
+        units: Sequence[UnitRecord] = (),
+        fs: FS = LOCAL,
+        sync_every: int = 1,
+    ) -> Self:
+        """Start a journal without steps. Raises `StoreError` if `path` exists, or if the disk has no room for it.
 
-        The name `path` appears only when the header is durable. `sync=False` trusts the machine not to lose power.
+        The name `path` appears only when the header and the records of `units`, the files that the run starts with,
+        are durable. `sync_every=n` makes every n-th step durable and all before it, 0 trusts the machine not to lose
+        power.
         """
         if fs.exists(path):
             raise StoreError(f"{path} exists already. Open it to go on with its run, or choose another folder.")
-        first = _encode_header(header)
-        capacity = _room_for(len(first))
-        draft = path.with_name(path.name + ".tmp")
-        fs.unlink(draft, missing_ok=True)  # A crash may have left one; the store's lock keeps others out.
-        fd = fs.create(draft, capacity)
-        journal = cls(path, fd, fs=fs, sync=sync, read_only=False)
-        with ExitStack() as on_error:
-            on_error.callback(journal.close)
-            # Zeros are written, not only reserved: the first write into a reserved extent costs a metadata commit.
-            image = first.ljust(capacity, b"\0")
-            fs.write_at(fd, image, 0)
-            if sync:
-                fs.sync_data(fd)
-            fs.rename(draft, path)
-            if sync:
-                fs.sync_folder(path.parent)
-            journal._load(image)
-            on_error.pop_all()
+        first = encode_header(header)
+        if any(record.position for record in units):
+            raise ValueError("a journal without steps has units at position 0 only")
+        first += chain([encode_unit(record, waits=False) for record in units], crc_at(first, len(first)))[0]
+        # Zeros are written, not only reserved: the first write into a reserved extent costs a metadata commit.
+        image = first.ljust(_room_for(len(first)), b"\0")
+        fd = _create_durably(path, image, fs=fs, sync=sync_every > 0)
+        journal = cls(path, fd, fs=fs, sync_every=sync_every, read_only=False)
+        journal._take(scan(image, path), capacity=len(image))
         return journal
 
     @classmethod
-    def open(cls, path: Path, *, fs: FS = LOCAL, read_only: bool = False, sync: bool = True) -> Self:
+    def open(cls, path: Path, *, fs: FS = LOCAL, read_only: bool = False, sync_every: int = 1) -> Self:
         """Read and check a whole journal. Raises `StoreCorrupt` with file, record and offset if a byte does not fit.
 
-        Nothing is changed on disk, whatever is found. `read_only` needs no write permission and refuses `append`;
-        beside a running writer it may meet half a record and refuse: try again.
+        A last append that a crash cut off is removed, see `repaired`; the file as it was is kept as `<name>.broken`.
+        `read_only` needs no write permission, changes nothing, refuses to append, and may stand beside a writer.
         """
         fd = fs.open(path, write=not read_only)
-        journal = cls(path, fd, fs=fs, sync=sync, read_only=read_only)
+        journal = cls(path, fd, fs=fs, sync_every=sync_every, read_only=read_only)
         with ExitStack() as on_error:
-            on_error.callback(journal.close)
-            raw = bytearray(fs.size(fd))
-            fs.read_at(fd, raw, 0, path=path)
-            journal._load(raw)
+            on_error.callback(fs.close, fd)
+            raw, found = journal._read(fd)
+            journal._take(found, capacity=len(raw))
+            if read_only:
+                if found.torn:
+                    journal.repaired = (
+                        f"{path} does not end as it should ({found.torn}): a run is writing it just now, or a crash "
+                        f"cut it off. {journal._summary()} The next run will remove the rest."
+                    )
+            elif found.torn:
+                journal._cut(raw, found)
+                return journal
+            else:
+                journal._settle(fd, raw)
             on_error.pop_all()
         return journal
 
+    @property
+    def records(self) -> list[Record]:
+        """Every finished step that counts, steps strictly increasing. Read it; only `append` adds to it."""
+        return self._history.records
+
+    @property
+    def marks(self) -> list[MarkRecord]:
+        """The marks that count, in order. Read it; only `append_mark` and `rewind` add to it."""
+        return self._history.marks
+
+    def versions(self, unit: int) -> list[UnitRecord]:
+        """A unit's files that must exist: all origins and the newest version, oldest first."""
+        with self._lock:
+            return list(self._history.versions.get(unit, ()))
+
     def append(self, record: Record) -> None:
-        """Add a finished step; durable on return. Its step must be above the last one, a StepRecord's floats finite.
+        """Add a finished step. Its step must be above the last one, a StepRecord's floats finite.
 
         After a failure (a full disk, a failed sync) nothing more can be appended: what reached the disk is known only
         to the next `open`.
         """
-        if self._fd is None or self._read_only:
-            raise ValueError(f"{self.path} is {'open read-only' if self._read_only else 'closed'}: cannot append.")
-        if self._in_doubt:
-            raise StoreError(
-                f"{self.path}: an earlier append failed after {len(self.records)} records, so what the file holds is "
-                "not known. Cure the cause, then open the store again."
-            )
-        self._check_new(record)
-        blocks, crc = _encode(record, self._crc)
-        self._in_doubt = True
-        self._reserve(self._fd, len(blocks))
-        self._fs.write_at(self._fd, blocks, self._end)
-        if self._sync:
-            self._fs.sync_data(self._fd)
-        self._in_doubt = False
-        self._crc = crc
-        self._end += len(blocks)
-        self.records.append(record)
+        with self._lock:
+            self._check_new(record)
+            bodies, settings = encode_record(record), self._settings
+            if isinstance(record, StepRecord) and (settings := encode_settings(record)) != self._settings:
+                bodies.insert(0, settings)
+            self._write(bodies, sync=self._n_unsynced + 1 >= self._sync_every, n_steps=1)
+            self._settings = settings
+            self.records.append(record)
+
+    def append_unit(self, record: UnitRecord) -> None:
+        """Make a file, which must be durable by now, its unit's newest version. Durable on return, as all before.
+
+        Origins count only when a CHANGED mark follows: weights from outside replace those of all their units or none.
+        """
+        with self._lock:
+            self._check_position(record.position)
+            self._write([encode_unit(record, waits=record.is_origin)], sync=True)
+            self._history.add_unit(record, waits=record.is_origin)
+
+    def append_mark(self, kind: MarkKind, *, step: int) -> None:
+        """Note that something happened after the records so far. Durable on return, as all before."""
+        if kind == MarkKind.REWOUND:
+            raise ValueError("history is rewound by `rewind`")
+        with self._lock:
+            self._write_mark(MarkRecord(kind, step, len(self.records)))
+
+    def rewind(self, position: int) -> None:
+        """Take back all records behind `position`, and the marks and unit versions that came after it, for good.
+
+        Durable on return, as all before. The bytes stay in the file; no version that was replaced before comes back.
+        """
+        with self._lock:
+            self._check_position(position)
+            step = self.records[position - 1].step if position else 0
+            self._write_mark(MarkRecord(MarkKind.REWOUND, step, position))
+
+    def fingerprint(self, position: int) -> str:
+        """A name of the first `position` records, 8 hex digits: another history has another one, a copy the same."""
+        with self._lock:
+            self._check_position(position)
+            crc = 0
+            for record in self.records[max(position - _FINGERPRINTED, 0) : position]:
+                for body in encode_record(record):
+                    crc = zlib.crc32(body, crc)
+                if isinstance(record, StepRecord):
+                    crc = zlib.crc32(encode_settings(record), crc)
+        return f"{zlib.crc32(position.to_bytes(8, 'little'), crc):08x}" if position else "0"
 
     def close(self) -> None:
-        """Close the file. Appended records are durable already; closing twice is fine."""
-        if self._fd is not None:
-            fd, self._fd = self._fd, None
-            self._fs.close(fd)
+        """Make everything durable and close the file; closing twice is fine."""
+        with self._lock:
+            if self._fd is not None:
+                fd, self._fd = self._fd, None
+                try:
+                    if self._dirty_sector is not None and self._failure is None:
+                        self._sync(fd)
+                finally:
+                    self._fs.close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -175,33 +232,125 @@ class Journal:
     ) -> None:
         self.close()
 
-    def _load(self, raw: bytes | bytearray) -> None:
-        self.header = _parse_header(raw, self.path)
-        start = _header_bytes(raw, self.path)
-        n_blocks = _count_blocks(raw, start, self.path)
-        self._end = start + n_blocks * RECORD_BYTES
-        self._capacity = len(raw) // GROWTH * GROWTH
-        self._crc = _check_chain(raw, start, n_blocks=n_blocks, path=self.path)
-        self.records = list(_decode(memoryview(raw)[start : self._end], start, path=self.path))
+    # -- opening
+
+    def _read(self, fd: int) -> tuple[bytearray, Scan]:
+        """The file's bytes and what they say; a reader beside a writer may meet half an append, and looks again."""
+        before = None
+        for tries_left in reversed(range(_READ_TRIES)):
+            raw = bytearray(self._fs.size(fd))
+            self._fs.read_at(fd, raw, 0, path=self.path)
+            try:
+                return raw, scan(raw, self.path)
+            except StoreCorrupt:
+                if not self._read_only or raw == before or not tries_left:
+                    raise
+                before = raw
+        raise AssertionError("the last try returns or raises")
+
+    def _take(self, found: Scan, *, capacity: int) -> None:
+        self.header, self._history, self._settings = found.header, found.history, found.settings
+        self._end, self._crc, self._capacity = found.end, found.crc, capacity
+        self._history.waiting.clear()  # The change they belong to was never finished.
+
+    def _settle(self, fd: int, raw: bytearray) -> None:
+        """Make what was read durable, and the file's size a growth step."""
+        # A process that died between a write and its sync, or whose sync failed, leaves bytes that we can read and
+        # that the disk may not have. They are in the last sector: written again, they become durable with it.
+        start = (self._end - 1) // SECTOR * SECTOR
+        self._fs.write_at(fd, raw[start : self._end], start)
+        # A crash while the file grew leaves a size in between.
+        self._capacity = -(-len(raw) // GROWTH) * GROWTH
+        self._fs.write_at(fd, bytes(self._capacity - len(raw)), len(raw))
+        self._sync(fd)
+
+    def _cut(self, raw: bytearray, found: Scan) -> None:
+        """Replace the file by its good part at once; no crash on the way loses more, or the file as it was."""
+        is_synced = self._sync_every > 0
+        endings = chain_of([".broken"], (f".broken-{number}" for number in count(2)))
+        names = (self.path.with_name(self.path.name + ending) for ending in endings)
+        kept = next(name for name in names if not self._fs.exists(name))
+        self._fs.close(_create_durably(kept, raw, fs=self._fs, sync=is_synced))
+        self._capacity = max(_room_for(found.end), len(raw) // GROWTH * GROWTH)
+        good = raw[: found.end].ljust(self._capacity, b"\0")
+        self._fd = _create_durably(self.path, good, fs=self._fs, sync=is_synced)
+        self.repaired = (
+            f"{self.path} was cut off by a crash ({found.torn}). {self._summary()} The file as it was is {kept}."
+        )
+        logger.warning(self.repaired)
+
+    def _summary(self) -> str:
+        n_records = len(self.records)
+        return f"It ends with step {self.records[-1].step} now ({n_records} in all)." if n_records else "It is empty."
+
+    # -- appending
 
     def _check_new(self, record: Record) -> None:
         # A caller that breaks these has a bug that replay would turn into wrong weights: refuse before writing.
-        if self.records and record.step <= self.records[-1].step:
-            raise ValueError(f"step {record.step} after step {self.records[-1].step} in {self.path}")
-        if isinstance(record, StepRecord):
-            scalars = (*record.projected_grads, record.learning_rate, record.weight_decay, record.zo_eps)
-            if not record.projected_grads or not all(map(math.isfinite, scalars)):
-                raise ValueError(f"not a finished step: {record}")
+        if record.step <= self._history.last_step:
+            raise ValueError(f"step {record.step} after step {self._history.last_step} in {self.path}")
+        if isinstance(record, StepRecord) and not (
+            record.projected_grads and all(map(math.isfinite, (*record.projected_grads, *record[3:])))
+        ):
+            raise ValueError(f"not a finished step: {record}")
 
-    def _reserve(self, fd: int, n_bytes: int) -> None:
-        """Grow the file so that the next `n_bytes` and a record of zeros, which marks the end, fit in it."""
-        needed = _room_for(self._end + n_bytes)
+    def _check_position(self, position: int) -> None:
+        if not 0 <= position <= len(self.records):
+            raise ValueError(f"position {position} in {self.path}, which has {len(self.records)} steps")
+
+    def _write_mark(self, mark: MarkRecord) -> None:
+        n_units = len(self._history.waiting) if mark.kind == MarkKind.CHANGED else 0
+        self._write([encode_mark(mark, n_units=n_units)], sync=True)
+        self._history.add_mark(mark, n_units=n_units)
+
+    def _write(self, bodies: list[bytes], *, sync: bool, n_steps: int = 0) -> None:
+        """Append a group of records; a failure is remembered, because nothing may follow it."""
+        if self._fd is None or self._read_only:
+            raise ValueError(f"{self.path} is {'open read-only' if self._read_only else 'closed'}: cannot append.")
+        if self._failure is not None:
+            raise StoreError(
+                f"{self.path}: an earlier append failed after {len(self.records)} records, so what the file holds is "
+                f"not known. It was: {self._failure or repr(self._failure)} Cure that, then open the store again."
+            ) from self._failure
+        blocks, crc = chain(bodies, self._crc)
+        end = self._end + len(blocks)
+        try:
+            self._reserve(self._fd, end)
+            self._write_by_sector(self._fd, blocks)
+            self._n_unsynced += n_steps
+            if sync:
+                self._sync(self._fd)
+        except BaseException as error:
+            self._failure = error
+            raise
+        self._end, self._crc = end, crc
+
+    def _write_by_sector(self, fd: int, blocks: bytes) -> None:
+        """Write at the end; what is in another sector is durable before the next one is touched."""
+        done = 0
+        while done < len(blocks):
+            at = self._end + done
+            sector = at // SECTOR
+            if self._dirty_sector not in (None, sector):
+                self._sync(fd)
+            piece = blocks[done : done + (sector + 1) * SECTOR - at]
+            self._fs.write_at(fd, piece, at)
+            self._dirty_sector = sector
+            done += len(piece)
+
+    def _reserve(self, fd: int, end: int) -> None:
+        """Grow the file so that records up to `end`, and one of zeros that marks the end, fit in it."""
+        needed = _room_for(end)
         if needed > self._capacity:
             self._fs.write_at(fd, bytes(needed - self._capacity), self._capacity)
-            if self._sync:
-                # Before the record: otherwise a power cut could keep the record and lose the zeros behind it.
-                self._fs.sync_data(fd)
+            # Before the record: otherwise a power cut could keep the record and lose the zeros behind it.
+            self._sync(fd)
             self._capacity = needed
+
+    def _sync(self, fd: int) -> None:
+        if self._sync_every:
+            self._fs.sync_data(fd)
+        self._dirty_sector, self._n_unsynced = None, 0
 
 
 def _room_for(end: int) -> int:
@@ -209,158 +358,18 @@ def _room_for(end: int) -> int:
     return -(-(end + RECORD_BYTES) // GROWTH) * GROWTH
 
 
-def _damaged(path: Path, offset: int, what: str) -> NoReturn:
-    raise StoreCorrupt(
-        f"{path} at offset {offset}: {what}. Nothing was changed. Restore the file from a copy, or start again with "
-        "an empty store folder."
-    )
-
-
-# -- the header ------------------------------------------------------------------------------------------------------
-
-
-def _encode_header(header: dict[str, JSON]) -> bytes:
-    text = json.dumps(header, sort_keys=True, allow_nan=False).encode() + b"\n"
-    n_bytes = -(-(_FIRST_LINE_BYTES + len(text) + _CRC.size) // RECORD_BYTES) * RECORD_BYTES
-    if n_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"a journal header of {n_bytes} bytes; at most {MAX_HEADER_BYTES} can be read back")
-    body = (_MAGIC + b"%d %08x\n" % (FORMAT, n_bytes) + text).ljust(n_bytes - _CRC.size, b"\0")
-    return body + _CRC.pack(zlib.crc32(body))
-
-
-def _header_bytes(raw: bytes | bytearray, path: Path) -> int:
-    """Length of the header: the first line of every format, past and future, says it the same way."""
-    line = bytes(raw[:_FIRST_LINE_BYTES])
-    try:
-        n_bytes = int(line[-9:-1], 16)
-    except ValueError:
-        n_bytes = 0
-    if not line.startswith(_MAGIC) or n_bytes % RECORD_BYTES or not 0 < n_bytes <= min(len(raw), MAX_HEADER_BYTES):
-        _damaged(path, 0, f"the first line is {line!r}: not a journal, or a damaged one of {len(raw)} bytes")
-    return n_bytes
-
-
-def _parse_header(raw: bytes | bytearray, path: Path) -> dict[str, JSON]:
-    n_bytes = _header_bytes(raw, path)
-    body, stored = bytes(raw[: n_bytes - _CRC.size]), _CRC.unpack_from(raw, n_bytes - _CRC.size)[0]
-    if zlib.crc32(body) != stored:
-        _damaged(path, 0, f"the header (bytes 0 to {n_bytes}) has CRC {zlib.crc32(body):08x}, expected {stored:08x}")
-    version = body[len(_MAGIC) : _FIRST_LINE_BYTES - 10]
-    if version != b"%d" % FORMAT:
-        raise StoreForeign(
-            f"{path} has journal format {version.decode('ascii', 'replace')}; this zo2trl reads format {FORMAT}. Open "
-            "it with the zo2trl that wrote it."
-        )
-    try:
-        header: object = json.loads(body[_FIRST_LINE_BYTES:].rstrip(b"\0"))
-    except (ValueError, RecursionError):
-        header = None
-    if not _is_header(header, encoded=bytes(raw[:n_bytes])):
-        _damaged(path, _FIRST_LINE_BYTES, "the header is not JSON as this format writes it")
-    return header
-
-
-def _is_header(header: object, *, encoded: bytes) -> TypeGuard[dict[str, JSON]]:
-    """Writing it again gives the same bytes only without NaN, overflow, double keys and the like."""
-    try:
-        return isinstance(header, dict) and _encode_header(cast(dict[str, JSON], header)) == encoded
-    except ValueError:
-        return False
-
-
-# -- the records -----------------------------------------------------------------------------------------------------
-
-
-def _count_blocks(raw: bytes | bytearray, start: int, path: Path) -> int:
-    """Number of records before the reserved zeros. The file always ends in a whole record of them, unless it was cut.
-
-    A crash while the file grows leaves a size off the growth step; then all bytes past the last step are zeros.
-    """
-    whole = len(raw) // GROWTH * GROWTH
-    if not whole or any(memoryview(raw)[whole:]):
-        _damaged(path, len(raw), f"the file was cut: {len(raw)} bytes do not end in the reserved zeros")
-    room: NDArray[np.uint8] = np.frombuffer(raw, np.uint8, count=whole - start, offset=start)
-    used = np.flatnonzero(room.reshape(-1, RECORD_BYTES).max(axis=1))
-    n_blocks = int(used[-1]) + 1 if len(used) else 0
-    if n_blocks * RECORD_BYTES == len(room):
-        _damaged(path, len(raw), f"the file was cut: {len(raw)} bytes end in a record, not in the reserved zeros")
-    return n_blocks
-
-
-def _check_chain(raw: bytes | bytearray, start: int, *, n_blocks: int, path: Path) -> int:
-    """Check every record's CRC; the last one's CRC (the header's if there are no records)."""
-    crc: int = _CRC.unpack_from(raw, start - _CRC.size)[0]
-    blocks: NDArray[np.uint8] = np.frombuffer(raw, np.uint8, count=n_blocks * RECORD_BYTES, offset=start)
-    stored: list[int] = blocks.reshape(-1, RECORD_BYTES)[:, BODY_BYTES:].copy().view("<u4").ravel().tolist()
-    view = memoryview(raw)
-    for number, expected in enumerate(stored):
-        offset = start + number * RECORD_BYTES
-        crc = zlib.crc32(view[offset : offset + BODY_BYTES], crc)
-        if crc != expected:
-            last = " It is the last one: its append was probably cut off by a crash" if number + 1 == n_blocks else ""
-            _damaged(path, offset, f"record {number} of {n_blocks} has CRC {crc:08x}, expected {expected:08x}.{last}")
-    return crc
-
-
-def _encode(record: Record, crc: int) -> tuple[bytes, int]:
-    """The record's blocks, chained to the record whose CRC is `crc`, and the CRC of the last of them."""
-    if isinstance(record, SkipRecord):
-        bodies = [_SKIP.pack(_Type.SKIP, record.step, record.seed, record.loss_plus, record.loss_minus)]
-    else:
-        first, *others = record.projected_grads
-        scalars = (first, record.learning_rate, record.weight_decay, record.zo_eps)
-        bodies = [_STEP.pack(_Type.STEP, len(record.projected_grads), record.step, record.seed, *scalars)]
-        for i in range(0, len(others), _PER_COEFFS):
-            part = others[i : i + _PER_COEFFS]
-            padded = part + [0.0] * (_PER_COEFFS - len(part))
-            bodies.append(_COEFFS.pack(_Type.COEFFS, len(part), i + 1, record.step, *padded))
-    blocks = bytearray()
-    for body in bodies:
-        crc = zlib.crc32(body, crc)
-        blocks += body + _CRC.pack(crc)
-    return bytes(blocks), crc
-
-
-def _decode(blocks: memoryview, start: int, *, path: Path) -> Iterator[Record]:
-    """Records from blocks whose CRCs are right: what is wrong here was written wrong."""
-    number, n_blocks, last_step = 0, len(blocks) // RECORD_BYTES, -1
-    while number < n_blocks:
-        offset = number * RECORD_BYTES
-        kind = blocks[offset]
-        if kind == _Type.STEP:
-            _, n, step, seed, gradient, lr, decay, eps = _STEP.unpack_from(blocks, offset)
-            gradients: tuple[float, ...] = (gradient,)
-            if n != 1:
-                others, n_more = _decode_coeffs(blocks, offset, step=step, n_directions=n)
-                gradients += others
-                number += n_more
-                if len(gradients) != n:
-                    _damaged(path, start + offset, f"step {step} has {n} directions, only {len(gradients)} are there")
-            record = StepRecord(
-                step=step, seed=seed, projected_grads=gradients, learning_rate=lr, weight_decay=decay, zo_eps=eps
-            )
-        elif kind == _Type.SKIP:
-            _, step, seed, plus, minus = _SKIP.unpack_from(blocks, offset)
-            record = SkipRecord(step=step, seed=seed, loss_plus=plus, loss_minus=minus)
-        else:
-            _damaged(
-                path, start + offset, f"record {number} has type {kind}, which this version does not expect there"
-            )
-        if step <= last_step:
-            _damaged(path, start + offset, f"record {number} is step {step} after step {last_step}")
-        last_step = step
-        number += 1
-        yield record
-
-
-def _decode_coeffs(blocks: memoryview, offset: int, *, step: int, n_directions: int) -> tuple[tuple[float, ...], int]:
-    """Projected gradients 1, 2, ... from the COEFFS behind the STEP at `offset`, as far as they belong to it."""
-    gradients: list[float] = []
-    n_coeffs = 0
-    while len(gradients) < n_directions - 1 and (offset := offset + RECORD_BYTES) < len(blocks):
-        kind, n_used, first, of_step, *five = _COEFFS.unpack_from(blocks, offset)
-        if (kind, first, of_step) != (_Type.COEFFS, len(gradients) + 1, step) or not 1 <= n_used <= _PER_COEFFS:
-            break
-        gradients += five[:n_used]
-        n_coeffs += 1
-    return tuple(gradients), n_coeffs
+def _create_durably(path: Path, data: bytes | bytearray, *, fs: FS, sync: bool) -> int:
+    """A descriptor of a new file whose name appears only when its bytes are durable."""
+    draft = path.with_name(path.name + ".tmp")
+    fs.unlink(draft, missing_ok=True)  # A crash may have left one; the store's lock keeps others out.
+    fd = fs.create(draft, len(data))
+    with ExitStack() as on_error:
+        on_error.callback(fs.close, fd)
+        fs.write_at(fd, data, 0)
+        if sync:
+            fs.sync_data(fd)
+        fs.rename(draft, path)
+        if sync:
+            fs.sync_folder(path.parent)
+        on_error.pop_all()
+    return fd

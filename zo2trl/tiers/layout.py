@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from zo2trl.zo.noise import TILE, TileMap
 from zo2trl.zo.rules import Span
 
-__all__ = ["Layout", "Segment", "TensorSpec", "Unit", "VisitPoint", "find_stacks", "plan_layout"]
+__all__ = ["Layout", "Segment", "TensorSpec", "Unit", "VisitPoint", "find_stacks", "plan_layout", "spans_of"]
 
 Kind = Literal["rest", "shared", "block", "adapter"]
 
@@ -70,6 +70,11 @@ class Unit:
     def is_resident(self) -> bool:
         """True for units that always live on the execution device."""
         return self.kind != "block"
+
+    @property
+    def is_trained(self) -> bool:
+        """True if any of its tensors moves."""
+        return any(tensor.trainable for tensor in self.tensors)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -309,11 +314,12 @@ class _Builder:
         self._n_segments += 1
         return Segment(
             index=self._n_segments - 1, unit=unit, byte_start=start, n_bytes=stop - start, tensors=tuple(tensors),
-            spans=tuple(_spans(tensors, start)),
+            spans=tuple(spans_of(tensors, start)),
         )  # fmt: skip
 
 
-def _spans(tensors: Sequence[TensorSpec], byte_start: int) -> Iterator[Span]:
+def spans_of(tensors: Sequence[TensorSpec], byte_start: int) -> Iterator[Span]:
+    """Runs of consecutive trainable tensors that share dtype and decay, in a buffer that starts at `byte_start`."""
     run: list[TensorSpec] = []
     for tensor in [*tensors, None]:
         kind = (tensor.dtype, tensor.decays) if tensor is not None and tensor.trainable else None

@@ -26,6 +26,7 @@ __all__ = [
     "place",
     "place_again",
     "smallest_device_budget",
+    "snapshot_interval",
 ]
 
 TierName = Literal["gpu", "cpu", "disk"]
@@ -230,7 +231,14 @@ def write_back_interval(*, tier: TierName, device_type: str, itemsize: int) -> i
     return min(max(interval, 1), MAX_WRITE_BACK_INTERVAL)
 
 
+def snapshot_interval(n_elements: int, *, device_type: str, max_replay_s: float) -> int:
+    """Steps between snapshots of a unit in memory: replaying this many on all trainable elements takes that long."""
+    _, updates_s = _WRITE_RATES[device_type == "cuda", "cpu"]
+    return max(int(min(max_replay_s * updates_s / max(n_elements, 1), MAX_SNAPSHOT_INTERVAL)), 1)
+
+
 MAX_WRITE_BACK_INTERVAL = 32
+MAX_SNAPSHOT_INTERVAL = 1 << 40
 _WRITE_RATES: dict[tuple[bool, TierName], tuple[float, float]] = {
     (True, "cpu"): (200e9, 37e9),
     (True, "disk"): (0.94e9, 37e9),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from zo2trl.tiers.layout import Segment
+from zo2trl.tiers.waiting import wait_for
 
 __all__ = ["Fetch", "Load", "Prefetcher", "Slot"]
 
@@ -90,7 +91,7 @@ class Prefetcher:
         self._taken.append(fetch)
         self._refill()
         try:
-            position = fetch.job.result()
+            position = wait_for(fetch.job, what=f"unit {segment.unit.name}")
         except BaseException:
             self.give_back(fetch)
             raise

@@ -6,9 +6,9 @@ streams of their own and are ordered by events only.
 Invariant: a staging buffer is reused only after the copy that reads it has finished.
 """
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import torch
 
@@ -17,19 +17,23 @@ from zo2trl.tiers.prefetch import Slot
 
 __all__ = ["Staging"]
 
+N_READS = 2  # reads from disk at once: each reading thread also checks what it has read
+
 
 class Staging:
     """Copies between host and device. `n_bytes` is the largest segment that comes from or goes to disk (0: none)."""
 
     def __init__(self, n_bytes: int, *, device: torch.device) -> None:
         self._device = device
-        self._reading = threading.Lock()  # the buffers below serve one read and one write at a time
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor] = []  # the first serves one write at a time, the others one read each
+        self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
         if device.type == "cuda":
             self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            self._buffers = [torch.zeros(n_bytes, dtype=torch.uint8) for _ in range(2)] if n_bytes else []
+            self._buffers = [torch.zeros(n_bytes, dtype=torch.uint8) for _ in range(1 + N_READS)] if n_bytes else []
             for buffer in self._buffers:
                 pin(buffer)
+            for buffer in self._buffers[1:]:
+                self._free.put(buffer)
 
     def upload(self, source: torch.Tensor, target: torch.Tensor, slot: Slot) -> None:
         """Host -> slot. `source` must stay unchanged until the slot's `copied` event."""
@@ -42,17 +46,20 @@ class Staging:
             target.copy_(source, non_blocking=True)
             slot.copied = self._up.record_event()
 
-    def read_and_upload(self, source: torch.Tensor, target: torch.Tensor, slot: Slot) -> None:
-        """Mapped file -> slot, through a pinned buffer where the slot is on a GPU."""
+    def read_and_upload(self, read: Callable[[memoryview], None], target: torch.Tensor, slot: Slot) -> None:
+        """File -> slot, through a pinned buffer where the slot is on a GPU; `read` fills a buffer."""
         if self._device.type != "cuda":
-            target.copy_(source)
+            read(target.numpy().data)
             return
-        with self._reading:
-            staged = self._buffers[0][: target.numel()]
-            staged.copy_(source)
+        buffer = self._free.get()
+        try:
+            staged = buffer[: target.numel()]
+            read(staged.numpy().data)
             self.upload(staged, target, slot)
             assert slot.copied is not None
             slot.copied.synchronize()
+        finally:
+            self._free.put(buffer)
 
     @contextmanager
     def downloaded(self, weights: torch.Tensor, ready: torch.Event | None) -> Iterator[torch.Tensor]:
@@ -63,7 +70,7 @@ class Staging:
         assert ready is not None
         with torch.cuda.stream(self._down):
             self._down.wait_event(ready)
-            staged = self._buffers[1][: weights.numel()] if self._buffers else torch.empty(0, dtype=torch.uint8)
+            staged = self._buffers[0][: weights.numel()] if self._buffers else torch.empty(0, dtype=torch.uint8)
             if staged.numel() == weights.numel():
                 staged.copy_(weights, non_blocking=True)
                 self._down.record_event().synchronize()

@@ -4,133 +4,110 @@ Does not: know about models, modules, probes or losses; it lends clean bytes and
 
 Invariants:
 - What `lease` lends has absorbed every record of the journal, and holds no perturbation.
-- Frozen segments are never written, in any tier.
-- The bytes at home and the position they have absorbed change together, in one thread, after the bytes are complete;
-  Ctrl-C is held back meanwhile.
+- A record is durable in the journal before any bytes that have absorbed it are written to a file.
+- Signals are held back while bytes and their position change together.
 """
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from zo2trl.amp.codecs import PLAIN
-from zo2trl.tiers.gpu import DeviceTier
+from zo2trl.errors import MarchError, StoreError
+from zo2trl.tiers.homes import Homes
 from zo2trl.tiers.interrupts import uninterrupted
 from zo2trl.tiers.journal import Journal
 from zo2trl.tiers.layout import Layout, Segment, Unit, VisitPoint
+from zo2trl.tiers.logbook import Logbook
 from zo2trl.tiers.placement import Placement, TierName, format_bytes
-from zo2trl.tiers.prefetch import Fetch, Prefetcher, Slot
-from zo2trl.tiers.replay import Ledger, catch_up
-from zo2trl.tiers.staging import Staging
-from zo2trl.tiers.tier import Source, Tier, tensor_view
+from zo2trl.tiers.prefetch import Fetch, Prefetcher
+from zo2trl.tiers.replay import catch_up
+from zo2trl.tiers.tier import Source, tensor_view
 from zo2trl.zo.records import Record
 from zo2trl.zo.rules import UpdateRule
 
-__all__ = ["TieredStore"]
+__all__ = ["Rhythm", "TieredStore"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rhythm:
+    """Steps between two writes of one unit. Units take turns, so that every step writes about equally much."""
+
+    write_back: Mapping[TierName, int]
+    """Of a streamed unit to its home, for the tiers "cpu" and "disk"."""
+    snapshot: int
+    """Of a unit in memory to a file."""
+
+    def is_turn(self, unit: Unit, *, every: int, position: int) -> bool:
+        """Whether a unit is due after the record that leads to `position`."""
+        return (position + unit.index) % every == 0
 
 
 class TieredStore:
     """Parameters of one model in three tiers, and the journal of the steps they have to absorb.
 
     Args:
-        layout, placement: what the units are and where they live.
+        homes: filled; closed with the store.
         journal: receives every step; its records are what leases catch up with.
+        logbook: kept for those who measure; closed with the store.
         rule: how a record changes weights.
-        tiers: a home for each tier name; the store closes them.
-        write_back_every: steps between write-backs of a unit, for the tiers "cpu" and "disk".
+        rhythm: how often units are written.
         device: where leases are lent.
-        restart_journal: keeps the closed journal under another name and opens an empty one in its place.
+        on_first_step: called once, when the first step is durable.
         on_close: called once when everything else is closed (gives up the folder).
     """
 
-    traffic: Counter[str]  # bytes since the store was opened: h2d, d2h, disk_read, disk_written
+    records: list[Record]
+    """What leases catch up with: the journal's own list, or the part of it that leads to a past one went back to."""
 
     def __init__(
         self,
-        layout: Layout,
-        placement: Placement,
+        homes: Homes,
         *,
         journal: Journal,
+        logbook: Logbook,
         rule: UpdateRule,
-        tiers: Mapping[TierName, Tier],
-        write_back_every: Mapping[TierName, int],
+        rhythm: Rhythm,
         device: torch.device,
-        restart_journal: Callable[[], Journal],
+        on_first_step: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        self._restart_journal = restart_journal
+        self.homes, self.journal, self.logbook, self.rule, self.device = homes, journal, logbook, rule, device
+        self.records = journal.records
+        self._rhythm = rhythm
+        self._on_first_step: Callable[[], None] | None = on_first_step
         self._on_close = on_close
-        self.layout, self.placement, self.journal, self.rule, self.device = layout, placement, journal, rule, device
-        self.traffic = Counter()
-        self._tiers = tiers
-        self._every = write_back_every
-        self._ledger = Ledger()
-        self._versions: Counter[int] = Counter()  # unit -> how often its home moved
-        self._writes: dict[int, Future] = {}  # segment -> its newest write-back
-        self._lock = threading.Lock()  # traffic, versions and ledger are also changed by the worker threads
         self._eager = False
-        self._staging = Staging(0, device=device)
         self.is_open = True
         self._prefetcher: Prefetcher | None = None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="zo2trl-write")
-
-    # -- homes
-
-    def adopt(self, source: Source) -> None:
-        """Take over every unit's weights, one tensor at a time."""
-        for unit in self.layout.units:
-            self._tier(unit).adopt(unit, source)
         self._start_prefetching()
 
-    @uninterrupted
-    def replace(self, source: Source) -> None:
-        """Overwrite every unit's weights, and start a new journal: the steps so far do not lead to these weights."""
-        self.flush()
-        version = len(self.journal.records)
-        for unit in self.layout.units:
-            staged = torch.zeros(unit.n_bytes, dtype=torch.uint8)
-            for spec in unit.tensors:
-                tensor_view(staged, spec).copy_(source(spec))
-            for segment in (s for s in self.layout.segments if s.unit is unit):
-                data = staged[segment.byte_start : segment.byte_start + segment.n_bytes]
-                self._tier(unit).write(segment, data, version=version)
-            self._tier(unit).publish(unit)
-            self._versions[unit.index] += self.tier_of(unit) == "disk"
-        self.journal.close()
-        self.journal = self._restart_journal()
-        self._ledger = Ledger()
-        self.homes_changed()
+    @property
+    def layout(self) -> Layout:
+        """What the units are."""
+        return self.homes.layout
 
-    @uninterrupted
-    def regranulate(self, layout: Layout, placement: Placement) -> None:
-        """The same units, visited at other points; only before the first record."""
-        assert not self.journal.records, "segments are numbered per layout: nothing may have been absorbed yet"
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-        self.layout, self.placement = layout, placement
-        self._start_prefetching()
+    @property
+    def placement(self) -> Placement:
+        """Where they live."""
+        return self.homes.placement
 
-    def _start_prefetching(self) -> None:
-        streamed = [s for p in self.layout.points for s in p.segments if not self._is_resident(s)]
-        slot_bytes = PLAIN.wire_bytes(self.placement.slot_bytes)
-        self._staging.close()
-        self._staging = Staging(slot_bytes if self.placement.units_in("disk") else 0, device=self.device)
-        self._prefetcher = Prefetcher(
-            streamed, self._load, n_slots=self.placement.n_slots, device=self.device, slot_bytes=slot_bytes
-        )
+    @property
+    def traffic(self) -> Counter[str]:
+        """Bytes since the store was opened: h2d, d2h, disk_read, disk_written."""
+        return self.homes.traffic
 
     def tier_of(self, unit: Unit) -> TierName:
         """Name of the tier a unit lives in."""
-        return self.placement.tier_of[unit.index]
+        return self.homes.tier_of(unit)
 
     def view(self, unit: Unit) -> tuple[torch.Tensor, int]:
-        """A unit's bytes at home (flat uint8) and a number that changes whenever that memory is another one."""
-        with self._lock:
-            return self._tier(unit).view(unit), self._versions[unit.index]
+        """See `Homes.view`."""
+        return self.homes.view(unit)
 
     def describe(self) -> list[tuple[str, TierName, int]]:
         """(unit, tier, bytes) for people."""
@@ -161,7 +138,7 @@ class TieredStore:
     @uninterrupted
     def _borrow(self, point: VisitPoint, fetches: list[tuple[Fetch, Future | None]]) -> list[torch.Tensor]:
         return [
-            self._resident(segment) if self._is_resident(segment) else self._fetch(segment, fetches)
+            self._resident(segment) if self.homes.is_resident(segment) else self._fetch(segment, fetches)
             for segment in point.segments
         ]
 
@@ -184,42 +161,43 @@ class TieredStore:
     def expect(self, points: Sequence[VisitPoint]) -> None:
         """The visits one march is expected to make, in order."""
         assert self._prefetcher is not None
-        self._prefetcher.expect([s for point in points for s in point.segments if not self._is_resident(s)])
+        self._prefetcher.expect([s for point in points for s in point.segments if not self.homes.is_resident(s)])
+
+    # -- steps
 
     @uninterrupted
     def append(self, record: Record) -> None:
         """Make a step durable in the journal; every unit absorbs it at its next visit, rest at once."""
+        self._refuse_if_read_only("train")
+        self._forget_later_records()
         self.journal.append(record)
-        for segment in self.layout.rest.segments:
-            self._resident(segment)
+        if self._on_first_step is not None:
+            tell, self._on_first_step = self._on_first_step, None
+            tell()
+        self._absorb_rest()
+        position = len(self.records)
+        for unit in self.layout.units:
+            is_its_turn = self._rhythm.is_turn(unit, every=self._rhythm.snapshot, position=position)
+            if is_its_turn and unit.is_trained and self.tier_of(unit) != "disk":
+                self.homes.snapshot(unit)
 
     @uninterrupted
     def end_march(self) -> None:
         """Raise what went wrong in finished write-backs; the others run on into the next march."""
         if self.layout.leaf_blocks:
-            self.settle()
-        done = [index for index, write in self._writes.items() if write.done()]
-        _raise_first([self._writes.pop(index) for index in done])
+            self.homes.settle()
+        self.homes.end_march()
 
     @uninterrupted
     def settle(self) -> None:
-        """Wait for every write-back, and forget unit versions that did not get all their leaves in one march."""
-        writes = dict(self._writes)
-        wait(writes.values())
-        # Only now: a fetch thread that still loads one of these segments must find the write it has to wait for.
-        for index in writes:
-            del self._writes[index]
-        for index in self._ledger.forget_drafts():
-            unit = self.layout.units[index]
-            self._tier(unit).abandon(unit)
-        _raise_first(writes.values())
+        """Wait for every write, and forget unit versions that did not get all their leaves in one march."""
+        self.homes.settle()
 
     def flush(self) -> None:
         """Bring every home up to date: saved weights and views are never a step behind."""
         with self.writing_back():
             for segment in filter(self._is_behind, self.layout.segments):
-                alone = VisitPoint(index=-1, module_name="", block_name="", segments=(segment,))
-                with self.lease(alone):
+                with self.lease(_alone(segment)):
                     pass
         self.settle()
         self.homes_changed()
@@ -229,13 +207,79 @@ class TieredStore:
         return any(self._is_behind(segment) for segment in self.layout.segments if segment.unit is unit)
 
     def _is_behind(self, segment: Segment) -> bool:
-        return segment.is_trainable and self._ledger.position(segment) < len(self.journal.records)
+        return segment.is_trainable and self.homes.position(segment) < len(self.records)
+
+    # -- weights that no step led to
 
     @uninterrupted
     def homes_changed(self) -> None:
         """Weights at home were changed from outside, or may soon be: forget what was fetched ahead."""
         assert self._prefetcher is not None
         self._prefetcher.drop()
+        self.homes.doubt_views()
+
+    @uninterrupted
+    def adopt_changes(self, units: Sequence[Unit]) -> None:
+        """Somebody wrote into these units' views: keep what they wrote, durably, as a new beginning.
+
+        Steps before it do not lead there, so the journal alone is not enough any more to rebuild the weights.
+        """
+        self._refuse_if_read_only("change weights")
+        self._begin_anew((unit, self.homes.view(unit)[0]) for unit in units)
+
+    @uninterrupted
+    def replace(self, source: Source) -> None:
+        """Overwrite every unit's weights, durably: a new beginning, as in `adopt_changes`."""
+        self._refuse_if_read_only("replace weights")
+        self._begin_anew((unit, _gathered(unit, source)) for unit in self.layout.units)
+
+    @uninterrupted
+    def go_back(self, position: int, *, base: Source) -> None:
+        """Show the weights after `position` records. The later ones stay in the journal until another step is made.
+
+        `base` gives the weights at position 0 of units that the store keeps no early enough version of.
+        """
+        self._refuse_if_read_only("go back")
+        assert 0 <= position <= len(self.records)
+        self.homes.settle()
+        self.records = self.records[:position]
+        for unit in self.layout.units:
+            segments = [s for s in self.layout.segments if s.unit is unit and s.is_trainable]
+            if max(map(self.homes.position, segments), default=0) > position:
+                weights, start = self.homes.earlier(unit, position, base=base)
+                weights = weights.to(self.device)
+                for segment in segments:
+                    part = weights[segment.byte_start : segment.byte_start + segment.n_bytes]
+                    catch_up(part, segment, self.records, position=start, rule=self.rule)
+                self.homes.set_back(unit, weights.cpu(), position=position)
+        self.homes_changed()
+
+    def _begin_anew(self, contents: Iterable[tuple[Unit, torch.Tensor]]) -> None:
+        self.homes.settle()
+        self._forget_later_records()
+        self.homes.begin_anew(contents, position=len(self.records))
+        self.homes_changed()
+
+    def _forget_later_records(self) -> None:
+        """The run goes on from where it went back to: that is its history now."""
+        if self.records is self.journal.records:
+            return
+        position = len(self.records)
+        self.logbook.rewind(position)
+        self.journal.rewind(position)
+        self.homes.files.forget_after(position)
+        self.records = self.journal.records
+
+    @uninterrupted
+    def regranulate(self, layout: Layout, placement: Placement) -> None:
+        """The same units, visited at other points."""
+        self.flush()
+        assert self._prefetcher is not None
+        self._prefetcher.close()
+        self.homes.cut_anew(layout, placement)
+        self._start_prefetching()
+
+    # -- closing
 
     @uninterrupted
     def close(self) -> None:
@@ -243,95 +287,77 @@ class TieredStore:
         if not self.is_open:
             return
         self.is_open = False
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-        self._writer.shutdown(wait=True)
-        self.journal.close()
-        for tier in self._tiers.values():
-            tier.close()
-        self._staging.close()
-        self._on_close()
+        with ExitStack() as everything:
+            everything.callback(self._on_close)
+            everything.callback(self.journal.close)
+            everything.callback(self.logbook.close)
+            everything.callback(self.homes.close)
+            if self._prefetcher is not None:
+                self._prefetcher.close()
 
     # -- how a segment gets its bytes
 
-    def _tier(self, unit: Unit) -> Tier:
-        return self._tiers[self.tier_of(unit)]
+    def _start_prefetching(self) -> None:
+        streamed = [s for p in self.layout.points for s in p.segments if not self.homes.is_resident(s)]
+        slot_bytes = PLAIN.wire_bytes(self.placement.slot_bytes)
+        self.homes.make_staging(slot_bytes)
+        self._prefetcher = Prefetcher(
+            streamed, self.homes.load, n_slots=self.placement.n_slots, device=self.device, slot_bytes=slot_bytes
+        )
+        self._absorb_rest()
 
-    def _is_resident(self, segment: Segment) -> bool:
-        return self.tier_of(segment.unit) == "gpu"
+    def _absorb_rest(self) -> None:
+        for segment in self.layout.rest.segments:
+            self._resident(segment)
 
     def _resident(self, segment: Segment) -> torch.Tensor:
-        tier = self._tiers["gpu"]
-        assert isinstance(tier, DeviceTier)
-        weights = tier.weights(segment)
-        records = self.journal.records
-        catch_up(weights, segment, records, position=self._ledger.position(segment), rule=self.rule)
-        self._ledger.absorb(segment, len(records))
+        weights, records = self.homes.weights(segment), self.records
+        if catch_up(weights, segment, records, position=self.homes.position(segment), rule=self.rule):
+            self.homes.absorbed(segment, len(records))
         return weights
 
     def _fetch(self, segment: Segment, fetches: list[tuple[Fetch, Future | None]]) -> torch.Tensor:
         assert self._prefetcher is not None
         fetch, position = self._prefetcher.take(segment)
         fetches.append((fetch, None))
+        if self.homes.take_written_to(segment.unit):
+            self._keep_written(segment.unit, position=position)
         weights = PLAIN.decode(fetch.wire)
-        records = self.journal.records
+        records = self.records
         behind = catch_up(weights, segment, records, position=position, rule=self.rule)
         if behind and self._is_due(segment.unit):
-            fetches[-1] = (fetch, self._write_back(segment, weights))
+            fetches[-1] = (fetch, self.homes.write_back(segment, weights, position=len(records)))
         return weights
 
+    def _keep_written(self, unit: Unit, *, position: int) -> None:
+        self._refuse_if_read_only("change weights")
+        if unit.is_trained and position < len(self.records):
+            raise MarchError(
+                f"The weights of {unit.name} were changed in place while steps were pending that they had not "
+                "absorbed: the steps would be added to the new values. Call `trainer.engine.flush()` before changing "
+                "weights between steps."
+            )
+        self._forget_later_records()
+        self.homes.keep_written(unit, position=len(self.records))
+
     def _is_due(self, unit: Unit) -> bool:
-        # Staggered by unit, so that a step writes 1/K of the units instead of every K-th step writing all.
-        return self._eager or (len(self.journal.records) + unit.index) % self._every[self.tier_of(unit)] == 0
+        tier = self.tier_of(unit)
+        if self.homes.read_only and tier == "disk":
+            return False
+        every = self._rhythm.write_back[tier]
+        return self._eager or self._rhythm.is_turn(unit, every=every, position=len(self.records))
 
-    def _load(self, segment: Segment, slot: Slot) -> int:
-        """Runs in a fetch thread: home -> slot; returns the position the copied bytes have absorbed."""
-        write = self._writes.get(segment.index)
-        if write is not None:
-            # A host unit is about to change in place. If the write fails, the march's end says so: the home and its
-            # position are still what they were.
-            wait([write])
-        with self._lock:  # one snapshot: a new version may be published while we copy the old one
-            position = self._ledger.position(segment)
-            home = self._tier(segment.unit).view(segment.unit)
-        source = home[segment.byte_start : segment.byte_start + segment.n_bytes]
-        target = slot.buffer[: segment.n_bytes]
-        if self.tier_of(segment.unit) == "cpu":
-            self._staging.upload(source, target, slot)
-            self._count(h2d=segment.n_bytes)
-        else:
-            self._staging.read_and_upload(source, target, slot)
-            self._count(disk_read=segment.n_bytes, h2d=segment.n_bytes if self.device.type != "cpu" else 0)
-        return position
-
-    def _write_back(self, segment: Segment, weights: torch.Tensor) -> Future:
-        ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-        write = self._writer.submit(self._write, segment, weights, position=len(self.journal.records), ready=ready)
-        self._writes[segment.index] = write
-        return write
-
-    def _write(self, segment: Segment, weights: torch.Tensor, *, position: int, ready: torch.Event | None) -> None:
-        """Runs in the writer thread: slot -> home. One thread, so that a unit's segments are written in order."""
-        tier = self._tier(segment.unit)
-        with self._staging.downloaded(weights, ready) as data:
-            complete = tier.write(segment, data, version=position)
-        on_disk = self.tier_of(segment.unit) == "disk"
-        with self._lock:
-            self._ledger.draft(segment, position)
-            if complete:
-                tier.publish(segment.unit)
-                self._ledger.publish(segment)
-                self._versions[segment.unit.index] += on_disk
-        self._count(
-            disk_written=segment.n_bytes if on_disk else 0,
-            d2h=segment.n_bytes if self.device.type != "cpu" or not on_disk else 0,
-        )
-
-    def _count(self, **n_bytes: int) -> None:
-        with self._lock:
-            self.traffic.update(n_bytes)
+    def _refuse_if_read_only(self, what: str) -> None:
+        if self.homes.read_only:
+            raise StoreError(f"{self.journal.path.parent} is open for reading only: cannot {what}.")
 
 
-def _raise_first(writes: Iterable[Future]) -> None:
-    for write in writes:
-        write.result()
+def _gathered(unit: Unit, source: Source) -> torch.Tensor:
+    data = torch.zeros(unit.n_bytes, dtype=torch.uint8)
+    for spec in unit.tensors:
+        tensor_view(data, spec).copy_(source(spec))
+    return data
+
+
+def _alone(segment: Segment) -> VisitPoint:
+    return VisitPoint(index=-1, module_name="", block_name="", segments=(segment,))

@@ -5,17 +5,20 @@ Invariant: what `view` returned stays one whole version of every segment: a disk
 of a new version, and a host unit's segments change only inside `write`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 
 from zo2trl.tiers.layout import Segment, TensorSpec, Unit
 
-__all__ = ["Source", "Tier", "carve", "tensor_view"]
+__all__ = ["Pieces", "Source", "Tier", "carve", "host_bytes", "tensor_view"]
 
 Source = Callable[[TensorSpec], torch.Tensor]
 """Gives a tensor's values, in the spec's shape and dtype, on any device, while a unit is adopted."""
+
+Pieces = Iterator[tuple[int, memoryview]]
+"""A unit's bytes in order: (byte offset, bytes that are valid until the next piece)."""
 
 
 class Tier(Protocol):
@@ -31,12 +34,12 @@ class Tier(Protocol):
         """Copy new bytes of a segment to its home, or beside it; blocks. True when `publish` may be called."""
         ...
 
-    def publish(self, unit: Unit) -> None:
-        """Make what was written of a complete version the unit's home."""
+    def publish(self, unit: Unit) -> Callable[[], None]:
+        """Make what was written of a complete version durable; returns the quick part that makes it the home."""
         ...
 
     def abandon(self, unit: Unit) -> None:
-        """Forget segments written of a version that never became complete."""
+        """Forget segments written of a version that never became the home."""
         ...
 
     def view(self, unit: Unit) -> torch.Tensor:
@@ -62,3 +65,8 @@ def tensor_view(buffer: torch.Tensor, spec: TensorSpec, *, byte_start: int = 0) 
     through DLPack, which wraps the same memory in a new storage.
     """
     return torch.from_dlpack(carve(buffer, spec, byte_start=byte_start))
+
+
+def host_bytes(data: torch.Tensor) -> memoryview:
+    """A tensor's elements as bytes in main memory; a copy only if they are elsewhere or not contiguous."""
+    return data.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -51,6 +51,17 @@ class ZOArguments:
             Steps between two write-backs of a streamed block. Steps in between are replayed when the block is visited,
             with the same result bit for bit.
 
+        > Parameters that control what survives
+
+        save_full_weights (`bool`, *optional*, defaults to `False`):
+            Whether checkpoints also hold the model's weights. Without them a checkpoint is a few kilobytes that point
+            into the store, from which `resume_from_checkpoint` and `zo2trl export` rebuild the weights.
+        sync_every (`int`, *optional*, defaults to `1`):
+            Steps between two moments at which the journal is made to survive a power cut.
+        max_replay_s (`float`, *optional*, defaults to `600.0`):
+            About how many seconds of replaying steps a resume may cost. Blocks that live in memory are written to disk
+            just often enough for that.
+
         > Parameters that control the gradient estimate
 
         zo_eps (`float`, *optional*, defaults to `1e-3`):
@@ -96,6 +107,15 @@ class ZOArguments:
     )
     write_back_every: str = field(
         default="auto", metadata={"help": 'Steps between two write-backs of a streamed block, or "auto".'}
+    )
+    save_full_weights: bool = field(
+        default=False, metadata={"help": "Whether checkpoints also hold the model's weights."}
+    )
+    sync_every: int = field(
+        default=1, metadata={"help": "Steps between two moments at which the journal survives a power cut."}
+    )
+    max_replay_s: float = field(
+        default=600.0, metadata={"help": "About how many seconds of replaying steps a resume may cost."}
     )
     zo_eps: float = field(default=1e-3, metadata={"help": "Distance of the two probes from the weights."})
     num_directions: int = field(default=1, metadata={"help": "Random directions per step, averaged."})
@@ -190,6 +210,10 @@ def _check_numbers(args: ZOArguments) -> None:
         raise ConfigError(f"`zo_eps` is {args.zo_eps!r}, but must be a positive number (in YAML: 1.0e-3).")
     if not isinstance(args.num_directions, int) or args.num_directions < 1:
         raise ConfigError(f"`num_directions` is {args.num_directions!r}, but must be a whole number, at least 1.")
+    if not isinstance(args.sync_every, int) or args.sync_every < 1:
+        raise ConfigError(f"`sync_every` is {args.sync_every!r}, but must be a whole number of steps, at least 1.")
+    if isinstance(args.max_replay_s, str) or not args.max_replay_s >= 0:
+        raise ConfigError(f"`max_replay_s` is {args.max_replay_s!r}, but must be a number of seconds, at least 0.")
     every: Any = args.write_back_every
     if every != "auto" and not (str(every).isdecimal() and int(every) >= 1):
         raise ConfigError(f'`write_back_every` is {every!r}, but must be a number of steps (at least 1) or "auto".')

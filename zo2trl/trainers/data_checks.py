@@ -14,7 +14,7 @@ import torch
 
 from zo2trl.errors import ConfigError
 
-__all__ = ["check_dataset", "check_labels"]
+__all__ = ["check_dataset", "check_labels", "global_random_state_kept"]
 
 
 def check_dataset(dataset: Any, *, name: str) -> None:
@@ -44,7 +44,7 @@ def check_labels(trainer: Any) -> None:
     columns: Any = dataset
     if isinstance(dataset, datasets.Dataset) and trainer.args.remove_unused_columns:
         columns = trainer._remove_unused_columns(dataset, description="training")
-    with _global_random_state_kept():
+    with global_random_state_kept():
         batch = trainer.data_collator([columns[0]])
     if not any(name in batch for name in trainer.label_names):
         raise ConfigError(
@@ -55,9 +55,10 @@ def check_labels(trainer: Any) -> None:
 
 
 @contextmanager
-def _global_random_state_kept() -> Iterator[None]:
+def global_random_state_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Whatever is drawn inside, Python's, numpy's and torch's global generators go on as if it had not been."""
     python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         try:
             yield
         finally:

@@ -23,11 +23,14 @@ class StepMetrics:
         self._estimates: list[tuple[float, float, float]] = []
         self._n_steps = 0
 
-    def add(self, estimate: Estimate, *, n_tokens: int, seconds: float, moved: Mapping[str, int]) -> None:
-        """Note one optimizer step; `moved` is bytes per link. A step whose loss was not finite moves no mean."""
-        self._n_steps += 1
-        self._sums.update({"tokens": n_tokens, "microseconds": round(seconds * 1e6)})
+    def add_work(self, *, n_tokens: int, seconds: float, moved: Mapping[str, int]) -> None:
+        """Note what one optimizer step cost; `moved` is bytes per link."""
+        self._sums.update({"steps": 1, "tokens": n_tokens, "microseconds": round(seconds * 1e6)})
         self._sums.update({link: moved.get(link, 0) for link in _LINKS})
+
+    def add(self, estimate: Estimate) -> None:
+        """Note what one optimizer step found, also one that was replayed. A loss that is not finite moves no mean."""
+        self._n_steps += 1
         if estimate.is_finite:
             self._estimates.append((estimate.projected_grad, estimate.loss_plus, estimate.loss_minus))
 
@@ -41,9 +44,20 @@ class StepMetrics:
         means: dict[str, float] = dict(
             zip(("projected_grad", "loss_plus", "loss_minus"), map(fmean, columns), strict=True)
         )
-        means["tokens_per_second"] = sums["tokens"] / max(sums["microseconds"] / 1e6, 1e-6)
-        means |= {f"bytes_{link}": sums[link] / n_steps for link in _LINKS}
+        if sums["steps"]:  # not all of them were replayed
+            means["tokens_per_second"] = sums["tokens"] / max(sums["microseconds"] / 1e6, 1e-6)
+            means |= {f"bytes_{link}": sums[link] / sums["steps"] for link in _LINKS}
         return {f"zo/{name}": value for name, value in means.items()}
+
+
+    def state(self) -> dict[str, Any]:
+        """What is left over since the last log, as JSON."""
+        return {"sums": dict(self._sums), "estimates": self._estimates, "n_steps": self._n_steps}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._sums, self._n_steps = Counter(state["sums"]), state["n_steps"]
+        self._estimates = [(row[0], row[1], row[2]) for row in state["estimates"]]
 
 
 def count_tokens(inputs: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ estimates; `_clip_grad_norm` clips the scalar; the optimizer's `step` commits it
 """
 
 import logging
+import math
 import time
 import weakref
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from zo2trl.engine.activations import passes_per_march
 from zo2trl.engine.discovery import settle_granularity
 from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
 from zo2trl.engine.precision import fp32_heads
+from zo2trl.engine.runs import Mode
 from zo2trl.engine.step import Engine
 from zo2trl.errors import ConfigError
 from zo2trl.tiers.ingest import load_mapped
@@ -37,7 +39,10 @@ from zo2trl.trainers.data_checks import check_dataset, check_labels
 from zo2trl.trainers.evaluation import EvaluationMarch
 from zo2trl.trainers.metrics import StepMetrics, count_tokens
 from zo2trl.trainers.optimizer import ZOOptimizer
+from zo2trl.trainers.replaying import estimate_of
+from zo2trl.trainers.resuming import ResumingMixin, save_processing_class
 from zo2trl.trainers.scaling import LossScaling
+from zo2trl.trainers.signals import stopping_on_signals
 from zo2trl.trainers.support import check_arguments, check_optimizers
 
 __all__ = ["ZOTrainerMixin"]
@@ -49,7 +54,7 @@ logger = logging.getLogger(__name__)
 _MEZO_NO_DECAY = ("bias", "layer_norm", "layernorm")
 
 
-class ZOTrainerMixin(_Base):
+class ZOTrainerMixin(ResumingMixin, _Base):
     """Put it in front of a Trainer class: `class ZOTrainer(ZOTrainerMixin, Trainer)`."""
 
     config_class: type[ZOArguments]
@@ -73,9 +78,11 @@ class ZOTrainerMixin(_Base):
         self._casts = {}
         self._micro_batches: list[tuple[Any, Any]] = []
         self._step_offset: int | None = None  # journal step - global step, known from the first step of a training on
+        self._begins_a_training = True
         self._step_metrics = StepMetrics()
         self._scaling = LossScaling()
         init_kwargs = getattr(config, "model_init_kwargs", None)
+        self._base_path = model if isinstance(model, str) else None
         if isinstance(model, str):
             given["model"] = self._load(model, given)
             config.model_init_kwargs = None  # used up: the trainer would warn that it cannot apply them
@@ -91,15 +98,25 @@ class ZOTrainerMixin(_Base):
     def engine(self) -> Engine:
         """The engine of the current model; made, and the model's weights moved into the store, on first use."""
         if self._engine is None or self._engine.model is not self.model or not self._engine.store.is_open:
-            self.close()
-            self._engine_options = self._options()
-            self._engine = open_engine(self.model, self._engine_options)
-            self._engine.on_shutdown += [handle.remove for handle in fp32_heads(self.model)]
-            self._engine.on_shutdown.append(partial(self.model.__dict__.pop, "_is_accelerate_prepared", None))
-            self._shutdown = weakref.finalize(self, self._engine.shutdown)
-            self._shutdown.atexit = False  # worker threads have ended by then; the journal is already durable
-            logger.info(self._engine.store.summary())
+            self._open_engine("begin")
+        assert self._engine is not None
         return self._engine
+
+    def _open_engine(self, mode: Mode) -> None:
+        self.close()
+        self._engine_options = self._options()
+        self._engine = engine = open_engine(self.model, self._engine_options, mode=mode)
+        self._granularity_is_settled = False
+        engine.on_shutdown += [handle.remove for handle in fp32_heads(self.model)]
+        engine.on_shutdown.append(partial(self.model.__dict__.pop, "_is_accelerate_prepared", None))
+        self._shutdown = weakref.finalize(self, engine.shutdown)
+        self._shutdown.atexit = False  # worker threads have ended by then; the journal is already durable
+        logger.info(engine.store.summary())
+
+    def _continue_run(self) -> None:
+        is_open_on_it = self._engine is not None and self._engine.store.is_open and self._engine.store.records
+        if not is_open_on_it or self._engine.model is not self.model:  # type: ignore[union-attr]
+            self._open_engine("continue")
 
     def close(self) -> None:
         """Give up the store: threads, folder lock and hooks; idempotent.
@@ -135,15 +152,10 @@ class ZOTrainerMixin(_Base):
             kwargs["quantization_config"] = "given"
         set_seed(given["args"].seed)  # a new head is drawn at random, here as in the trainers this one stands in for
         mapped = load_mapped(path, offload_folder=self._offload_folder(given["args"]), **kwargs)
+        self._is_drawn = mapped.is_drawn
         named = dict(mapped.model.named_parameters())
         self._casts = {named[name]: dtype for name, dtype in mapped.casts().items()}
         return mapped.model
-
-    def _offload_folder(self, args: Any) -> Path:
-        """Beside the store, on the disk the user chose for weights: where experts are fused, in nameless files."""
-        folder = Path(args.store_dir).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def _plan_first(self) -> None:
         """Refuse budgets that cannot work before anything is moved."""
@@ -172,7 +184,18 @@ class ZOTrainerMixin(_Base):
             granularity=args.granularity,
             decay_names=self._decay_names(),
             dtypes=self._storage_dtypes(),
+            base_folder=self._base_folder(),
+            max_replay_s=args.max_replay_s,
+            sync_every=args.sync_every,
+            describe=partial(save_processing_class, self.processing_class),
         )
+
+    def _base_folder(self) -> str | None:
+        """The checkpoint that holds the weights training begins with, if nothing but loading it has made them."""
+        folder = Path(self._base_path or "-")
+        if not self._base_path or not folder.is_dir() or self._is_drawn:
+            return None
+        return str(folder.absolute()) if isinstance(self.model, PreTrainedModel) else None
 
     def _decay_names(self) -> list[str]:
         if self.args.direction != "mezo":
@@ -209,16 +232,37 @@ class ZOTrainerMixin(_Base):
 
     # -- hooks of the Trainer: a step
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`~transformers.Trainer.train`]. When it returns, the model's parameters show every finished step."""
+    def train(self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See [`~transformers.Trainer.train`]. When it returns, the model's parameters show every finished step.
+
+        Args:
+            resume_from_checkpoint: True goes on with the run in `store_dir`, from its last journaled step; a path does
+                so from that checkpoint of the run on. Without it a new run begins.
+        """
         self._micro_batches.clear()
-        self._step_offset = None
+        self._step_offset = self._replay = self._resumes_at = None
+        self._begins_a_training = not resume_from_checkpoint
+        self._randomness.start(None)
+        point = self._find_resume_point(resume_from_checkpoint)
         self._close_if_choices_changed()
-        try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
-        finally:  # also after Ctrl-C: what the user looks at next should not be a few steps old
-            if self._engine is not None:
-                self._engine.flush()
+        with stopping_on_signals():
+            if point is not None:
+                self._resume_at(point)
+            folder = str(point.folder) if point is not None and point.folder is not None else None
+            try:
+                result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
+                self._refuse_steps_left()
+                return result
+            except SystemExit:  # SIGTERM: everything is in the journal
+                self._end_now()
+                raise
+            finally:  # also after Ctrl-C: what the user looks at next should not be a few steps old
+                if self._engine is not None:
+                    self._engine.flush()
+
+    def _end_now(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown(flush=False)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Collect micro-batches until gradients would sync, then estimate the slope from all of them in one march."""
@@ -226,39 +270,59 @@ class ZOTrainerMixin(_Base):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._micro_batches = self._micro_batches, []
-        engine = self.engine
+        self._randomness.used(len(batches))
         # The root says "training" to loss and metric code; everything below runs without dropout, as MeZO does.
         model.eval()
         model.training = True
+        if self.is_replaying:
+            return self._replay_step()
+        self._replay = None
+        engine = self.engine
         step_offset = self._prepare_step(model, batches)
-        started_s, moved = time.perf_counter(), engine.store.traffic.copy()
+        started_s = time.perf_counter()
         with self.probes_counted_once(len(engine.estimator.probes())):
             estimate = engine.step(
                 [partial(self._loss, model, *batch) for batch in batches],
                 step=step_offset + self.state.global_step,
                 passes_per_march=passes_per_march(engine.store, model, batches[0][0]),
             )
-        self._grads = estimate.projected_grads
+        self._estimate, self._grads = estimate, estimate.projected_grads
         every = self.args.torch_empty_cache_steps
         if every and self.state.global_step % every == 0:
             clear_device_cache()
-        self._step_metrics.add(
-            estimate, n_tokens=sum(count_tokens(batch) for batch, _ in batches),
-            seconds=time.perf_counter() - started_s, moved=engine.store.traffic - moved,
+        moved, self._moved_before = engine.store.traffic - self._moved_before, engine.store.traffic.copy()
+        self._step_metrics.add_work(
+            n_tokens=sum(count_tokens(batch) for batch, _ in batches), seconds=time.perf_counter() - started_s,
+            moved=moved,
         )  # fmt: skip
         return torch.tensor(estimate.loss, device=self.args.device)
+
+    def _replay_step(self) -> torch.Tensor:
+        assert self._replay is not None
+        self._estimate = estimate_of(self._replay.record)
+        self._grads = self._estimate.projected_grads
+        measured = self._replay.measured()
+        if measured is not None:
+            self._measured_before(measured)
+        return torch.tensor(self._estimate.loss, device=self.args.device)
 
     def _prepare_step(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> int:
         with self.probes_counted_once(0):
             self._scaling.find_out(self, model, batches)
-            if self._step_offset is None:
+            if not self._granularity_is_settled:
                 settle_granularity(self.engine, partial(self._loss, model, *batches[0]), options=self._engine_options)
-                self._step_offset = self._find_step_offset()
+                self._granularity_is_settled = True
+                self._moved_before = self.engine.store.traffic.copy()
+        if self._step_offset is None:
+            self._step_offset = self._find_step_offset()
+        if self._begins_a_training:
+            self._begins_a_training = False
+            self._note_start(self._step_offset)
         return self._step_offset
 
     def _find_step_offset(self) -> int:
         # A second call of `train()` counts steps from 0 again, but its directions and records must be new ones.
-        records, first_step = self.engine.store.journal.records, self.state.global_step
+        records, first_step = self.engine.store.records, self.state.global_step
         return records[-1].step + 1 - first_step if records and records[-1].step >= first_step else 0
 
     def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
@@ -278,12 +342,32 @@ class ZOTrainerMixin(_Base):
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
-        return abs(sum(self._grads)) / len(self._grads) if grad_norm is None else grad_norm
+        if grad_norm is None:
+            grad_norm = abs(self._estimate.projected_grad) if self._estimate.is_finite else math.nan
+            self._grad_norm = grad_norm
+        return grad_norm
 
     def _commit(self, *, learning_rate: float) -> None:
+        self._step_metrics.add(self._estimate)
+        if self.is_replaying:
+            assert self._replay is not None
+            self._replay.advance(learning_rate=learning_rate)
+            return
+        store = self.engine.store
         self.engine.commit(
-            learning_rate=learning_rate, weight_decay=self.args.weight_decay, projected_grads=self._grads
-        )
+            learning_rate=learning_rate, weight_decay=self.args.weight_decay, projected_grads=self._grads,
+            grad_norm=self._grad_norm,
+        )  # fmt: skip
+        measured = self._measured()
+        if measured is not None:
+            store.logbook.put("step", len(store.records), measured)
+
+    def _measured(self) -> Any:
+        """What the forwards of this step measured besides losses, as JSON, for trainers that log such things."""
+        return None
+
+    def _measured_before(self, measured: Any) -> None:
+        """A step is gone through again without forwards; this is what `_measured` returned for it."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the `zo/*` means since the last log to training logs."""
@@ -295,7 +379,7 @@ class ZOTrainerMixin(_Base):
         """Two forwards (4 of the usual 6 units) per direction, and no backward."""
         return super().floating_point_ops(inputs) * 2 * self.args.num_directions // 3  # type: ignore[misc]
 
-    # -- hooks of the Trainer: evaluation, saving, loading
+    # -- hooks of the Trainer: evaluation
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own loop over a dataloader that runs several batches' `prediction_step` in one march."""
@@ -312,24 +396,3 @@ class ZOTrainerMixin(_Base):
         finally:
             del self.prediction_step
             self.engine.store.homes_changed()  # the user is next: what they write must not meet copies fetched ahead
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._reload(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-
-    def _load_best_model(self) -> None:
-        if not self._reload(self.state.best_model_checkpoint):
-            super()._load_best_model()  # type: ignore[misc]
-
-    def _reload(self, folder: str | None) -> bool:
-        """Bring a checkpoint's full weights into the store, unit by unit. False: the upstream way is the right one."""
-        if (
-            not folder
-            or not isinstance(self.model, PreTrainedModel)
-            or not any(Path(folder).glob("model*.safetensors"))
-        ):
-            return False
-        mapped = load_mapped(folder, model_class=type(self.model), offload_folder=self._offload_folder(self.args))
-        values = dict(mapped.model.named_parameters(remove_duplicate=False))
-        self.engine.replace_weights(lambda spec: values[spec.name].detach().to(spec.dtype))
-        return True

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -35,6 +36,7 @@ class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
     """
 
     config_class = ZOSFTConfig
+    _lengths_before: dict[str, int]
 
     @contextmanager
     def probes_counted_once(self, n_probes: int) -> Iterator[None]:
@@ -51,3 +53,25 @@ class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
             return
         self._total_train_tokens = before + (self._total_train_tokens - before) / n_probes
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self._lengths_before = {key: len(values) for key, values in metrics.items()}
+
+    def _measured(self) -> Any:
+        known = self._lengths_before
+        new = {key: list(values)[known.get(key, 0) :] for key, values in self._metrics["train"].items()}
+        return {"metrics": new | {"num_tokens": []}, "num_tokens": self._total_train_tokens}
+
+    def _measured_before(self, measured: Any) -> None:
+        for key, values in measured["metrics"].items():
+            self._metrics["train"][key] += values
+        self._total_train_tokens = measured["num_tokens"]
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _counters(self) -> dict[str, Any]:
+        metrics = {key: list(values) for key, values in self._metrics["train"].items()}
+        return super()._counters() | {"trl": {"metrics": metrics, "num_tokens": self._total_train_tokens}}
+
+    def _set_counters(self, counters: dict[str, Any]) -> None:
+        super()._set_counters(counters)
+        self._metrics["train"].clear()
+        self._metrics["train"].update(counters["trl"]["metrics"])
+        self._total_train_tokens = counters["trl"]["num_tokens"]

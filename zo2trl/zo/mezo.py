@@ -15,7 +15,15 @@ import torch
 
 from zo2trl.zo.noise import TILE, TileMap
 
-__all__ = ["MezoNoise", "MezoSeeds"]
+__all__ = ["MezoNoise", "MezoSeeds", "device_kind"]
+
+
+def device_kind(device: torch.device) -> str:
+    """What values of torch's generators depend on: on CUDA also on how many threads the GPU runs at once."""
+    if device.type != "cuda":
+        return device.type
+    found = torch.cuda.get_device_properties(device)
+    return f"cuda/{found.multi_processor_count}x{found.max_threads_per_multi_processor}"
 
 
 class MezoSeeds:
@@ -35,14 +43,16 @@ class MezoSeeds:
 class MezoNoise:
     """z of each trainable tensor as MeZO draws it: `torch.normal` from one generator, tensor after tensor."""
 
-    identity = "mezo/torch-normal-1"
+    identity: str
+    """Names the kind of device as well: torch's generators give other values on each."""
 
     _lock: threading.Lock
     _shapes: list[tuple[int, int]]  # (tensor id, elements) in drawing order
     _starts: dict[tuple[int, str], dict[int, torch.Tensor]]  # (seed, device) -> tensor id -> generator state
     _last: tuple[tuple[int, str, int], torch.Tensor] | None  # the tensor drawn last: chunks of one tensor come in turn
 
-    def __init__(self, trainable: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, trainable: Sequence[tuple[int, int]], *, device_kind: str = "cpu") -> None:
+        self.identity = f"mezo/torch-normal-1/{device_kind}"
         self._lock = threading.Lock()
         self._shapes = list(trainable)
         self._starts = {}

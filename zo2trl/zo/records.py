@@ -5,11 +5,14 @@ Invariant: a record is a value; two runs that made equal records made equal weig
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """A step that changed the weights. All floats are float64 and finite."""
+class StepRecord(NamedTuple):
+    """A step that changed the weights. All floats are float64 and finite. Write the fields by name.
+
+    A named tuple, because a journal of a million of them has to open in a second or two.
+    """
 
     step: int
     """1-based or 0-based as the trainer counts; the journal only asks that it grows (u64)."""
@@ -20,6 +23,11 @@ class StepRecord:
     learning_rate: float
     weight_decay: float
     zo_eps: float
+    loss_plus: float
+    """Mean loss of the probes at +eps; with `loss_minus` what a resumed trainer reports without a forward pass."""
+    loss_minus: float
+    grad_norm: float
+    """What the trainer logs: the norm of the projected gradients before clipping."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

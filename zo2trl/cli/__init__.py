@@ -1,16 +1,18 @@
-"""The `zo2trl` command: `convert` pickled checkpoints, print the `env` for a bug report.
+"""The `zo2trl` command: look into stores, turn them and pickled checkpoints into model folders, describe the machine.
 
 Does not: do any work itself, or import torch before a subcommand needs it.
 Invariant: an error made for users is one line on stderr and exit code 2; anything else is our bug and keeps its trace.
 """
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from zo2trl.cli import store
 from zo2trl.errors import ZO2TRLError
 
 __all__ = ["main"]
@@ -22,14 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse exits by itself on `--help`, `--version` and bad usage)."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
     except ZO2TRLError as error:
         print(f"zo2trl: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("zo2trl: stopped", file=sys.stderr)
         return 130
-    return 0
+    except BrokenPipeError:  # who reads our output has seen enough: `zo2trl log STORE | head`
+        with Path(os.devnull).open("w") as nowhere:  # or the interpreter flushes, and fails, again
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("destination", type=Path, metavar="DST", help="folder to make; must not hold anything yet")
     convert.set_defaults(run=_convert)
 
+    store.add_commands(commands)
     env = commands.add_parser("env", help="print versions, devices, memory and disk space for a bug report")
     env.set_defaults(run=_env)
     return parser
@@ -97,7 +105,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

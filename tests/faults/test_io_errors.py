@@ -1,0 +1,164 @@
+"""An error at every single call to the disk: it is named, nothing hangs, and the store opens to what was promised.
+
+The same short life of a store is lived again and again, with the fault at call 1, 2, 3 ... until no call is left.
+"""
+
+import errno
+import gc
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.crash_fs import CrashFS
+from tests.support.durable import Action, Player, QuickFS, Setup, State, make_record, state_of, steps, visit
+from tests.support.faulty_fs import FAULTS, INVISIBLE, FaultyFS
+from tests.support.processes import Held, single_threaded
+from zo2trl.errors import ZO2TRLError
+
+LIFE = [*steps(1, 2), Action("replace", 1), *steps(3, 3), Action("back", 2), *steps(3, 3), Action("reopen"),
+        *steps(4, 4), Action("flush")]  # fmt: skip
+SETUP = Setup(write_back=1, snapshot=2)
+SLOWEST_S = 10.0
+EVERY_SYNC_FAILS_LOUDLY = ("sync_data", "sync_folder")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with single_threaded():
+        yield
+
+
+class QuickFaultyFS(FaultyFS, QuickFS):
+    """Does not wait for the drive."""
+
+
+class PowerlessFS(FaultyFS, CrashFS):
+    """A disk that fails and then loses power."""
+
+
+def live(fs: FaultyFS, path: Path, done: list[object]) -> tuple[Player | None, ZO2TRLError | None]:
+    """One life, to its end or its first error; anything but an error of ours fails the test."""
+    player, problem = None, None
+    try:
+        player = Player(SETUP, path, fs=fs, promised=done.append)
+        player.play(LIFE)
+    except ZO2TRLError as error:
+        problem = error
+    finally:
+        if player is not None:
+            try:
+                player.close()
+            except ZO2TRLError as error:
+                problem = problem or error
+    return player, problem
+
+
+def allowed(player: Player, done: list[object]) -> list[State]:
+    """What was promised when the life ended, and what was on its way."""
+    oracle = player.oracle
+    promised = oracle.promises[-1]
+    if len(done) <= len(LIFE):
+        ahead = oracle.copy()
+        ahead.do(LIFE[len(done) - 1])
+        return [*oracle.states[promised:], *ahead.states[len(oracle.states) :]]
+    return oracle.states[promised:]
+
+
+def look_again(path: Path, states: list[State] | None, trial: str) -> None:
+    """The disk is well again: the store opens, holds what it has to, and takes a step."""
+    if states is None:
+        SETUP.open(path, fs=QuickFS()).close()
+        return
+    with SETUP.opened(path, mode="continue", fs=QuickFS()) as store:
+        state = state_of(store)
+        assert state in states, f"{trial}: {state} is none of {list(map(str, states))}"
+        store.append(make_record(90))
+        visit(store)
+        store.flush()
+        after = state_of(store)
+    with SETUP.opened(path, mode="continue", fs=QuickFS()) as store:
+        assert state_of(store) == after, trial
+
+
+def strike(fault: str, tmp_path: Path, *, at: int, for_ever: bool) -> list[str]:
+    """One trial; returns the calls that met the fault."""
+    path, done, started_s = tmp_path / f"{at}" / "store", [], time.monotonic()
+    trial = f"{fault} at call {at}{' and for ever' if for_ever else ''}"
+    fs = QuickFaultyFS(fault, at=at, for_ever=for_ever)
+    player, problem = live(fs, path, done)
+    struck, trial = list(fs.struck), f"{trial} ({', '.join(fs.struck[:3])})"
+    assert time.monotonic() - started_s < SLOWEST_S, f"{trial} took too long"
+    assert fs.retried_syncs == [], trial
+    if fault in INVISIBLE:
+        assert problem is None, f"{trial}: {problem}"
+    elif struck and problem is None:
+        # Only what promises nothing may fail without anybody hearing of it.
+        assert not any(call.startswith(EVERY_SYNC_FAILS_LOUDLY) for call in struck), f"{trial}: not a word"
+    if problem is not None:
+        code = FAULTS[fault][0]
+        assert code is not None and (f"errno {code}" in str(problem) or os.strerror(code) in str(problem)), (
+            f"{trial}: {problem}"
+        )
+        assert any(str(folder) in str(problem) for folder in path.parents), f"{trial}: no path in {problem}"
+    look_again(path, allowed(player, done) if player is not None else None, trial)
+    return struck
+
+
+@pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
+@pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "EAGAIN", "sync", "EINTR", "short write", "short read"])
+def test_whichever_call_fails_the_error_is_named_and_the_store_opens_to_what_was_promised(
+    tmp_path: Path, fault: str, for_ever: bool
+) -> None:
+    if fault == "EINTR" and for_ever:
+        pytest.skip("interrupted for ever is a hang by definition")
+    gc.collect()
+    before = Held.now()
+    at = 1
+    while strike(fault, tmp_path, at=at, for_ever=for_ever):
+        at += 1
+    assert at > 10
+    gc.collect()
+    after = Held.now()
+    new = {name for fd, name in after.files.items() if before.files.get(fd) != name and str(tmp_path) in name}
+    assert not new, f"left open: {new}"
+    assert after.threads <= before.threads
+
+
+def test_what_a_failed_sync_did_not_write_is_not_missed_after_a_power_cut(tmp_path: Path) -> None:
+    for at in range(1, 1000):
+        root = tmp_path / f"{at}"
+        root.mkdir()
+        fs, done = PowerlessFS(root=root, fault="sync", at=at), []
+        player, _ = live(fs, root / "store", done)
+        if not fs.struck:
+            break
+        states = allowed(player, done) if player is not None else None
+        for image in fs.images(first=len(fs.operations), n_random=3, seed=at):
+            path = image.write_to(tmp_path / "image") / "store"
+            look_again(path, states, f"sync {at} ({fs.struck[0]}), {image}:\n{fs.story(image.after)}")
+    assert at > 10
+
+
+def test_a_storm_of_signals_is_not_noticed(tmp_path: Path) -> None:
+    """Real EINTR: a timer interrupts whatever call the process is in, thousands of times a second."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+    try:
+        done: list[object] = []
+        player, problem = live(QuickFaultyFS(), tmp_path / "store", done)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert problem is None and player is not None
+    with SETUP.opened(tmp_path / "store", mode="continue", fs=QuickFS()) as store:
+        assert state_of(store) == player.oracle.states[-1]
+
+
+def test_a_full_disk_names_the_bytes(tmp_path: Path) -> None:
+    fs = QuickFaultyFS("ENOSPC", at=20, for_ever=True)
+    _, problem = live(fs, tmp_path / "store", [])
+    assert problem is not None and str(errno.ENOSPC) in str(problem) and "Free some space" in str(problem)

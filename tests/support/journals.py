@@ -1,0 +1,48 @@
+"""Journals for tests: steps, skips, unit records, and files that hold them."""
+
+import zlib
+from pathlib import Path
+
+from zo2trl.tiers.journal import JSON, RECORD_BYTES, Journal, UnitRecord
+from zo2trl.zo.records import Record, SkipRecord, StepRecord
+
+HEADER: dict[str, JSON] = {"noise": "philox4x32-10/rademacher-1", "layout": "abc", "nested": {"b": [1, None, 2.5]}}
+
+
+def step(number: int, *gradients: float, **fields: float) -> StepRecord:
+    scalars = {"learning_rate": 1e-6, "weight_decay": 0.0, "zo_eps": 1e-3}
+    losses = {"loss_plus": 2.5, "loss_minus": 2.0 + number, "grad_norm": 0.5}
+    return StepRecord(
+        step=number, seed=2**64 - 1 - number, projected_grads=gradients or (0.5,), **(scalars | losses | fields)
+    )
+
+
+def skip(number: int) -> SkipRecord:
+    return SkipRecord(step=number, seed=number, loss_plus=float("nan"), loss_minus=float("-inf"))
+
+
+def unit(index: int, position: int, edition: int = 0, *, is_origin: bool = False) -> UnitRecord:
+    crc = zlib.crc32(bytes([index, position % 256, edition]))
+    return UnitRecord(index, position, edition, n_bytes=4096 * index, crc=crc, is_origin=is_origin)
+
+
+def written(path: Path, *records: Record, header: dict[str, JSON] | None = None) -> Path:
+    """A closed journal with these records. (No syncs: what a power cut keeps is not what its tests are about.)"""
+    with Journal.create(path, header=HEADER if header is None else header, sync_every=0) as journal:
+        for record in records:
+            journal.append(record)
+    return path
+
+
+def header_bytes(path: Path) -> int:
+    return int(path.read_bytes().split(b"\n")[0].split(b" ")[-1], 16)
+
+
+def used_bytes(path: Path) -> int:
+    """Length of the file without the reserved zeros, in whole records."""
+    return -(-len(path.read_bytes().rstrip(b"\0")) // RECORD_BYTES) * RECORD_BYTES
+
+
+def exact(records: list[Record]) -> list[str]:
+    """The records as texts that tell all floats apart, and in which NaN equals itself."""
+    return list(map(repr, records))

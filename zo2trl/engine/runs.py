@@ -1,0 +1,236 @@
+"""A store's run: begun on a model's weights, continued from its journal, or only looked at.
+
+Does not: plan, or run steps. What cannot work is refused before a byte is moved.
+"""
+
+import logging
+import platform
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+
+from zo2trl.amp.codecs import PLAIN
+from zo2trl.errors import BudgetError, StoreForeign
+from zo2trl.tiers.cpu import HostTier
+from zo2trl.tiers.disk import DiskTier
+from zo2trl.tiers.folder import StoreFolder
+from zo2trl.tiers.fs import FS
+from zo2trl.tiers.gpu import DeviceTier
+from zo2trl.tiers.homes import Homes
+from zo2trl.tiers.journal import Journal
+from zo2trl.tiers.layout import Layout, Unit
+from zo2trl.tiers.layout_file import base_digest, read_layout, write_layout
+from zo2trl.tiers.logbook import Logbook
+from zo2trl.tiers.placement import Placement, TierName
+from zo2trl.tiers.store import Rhythm, TieredStore
+from zo2trl.tiers.three import Tiers
+from zo2trl.tiers.tier import Source
+from zo2trl.tiers.unit_files import CRC_BYTES, UnitFiles
+from zo2trl.zo.rules import UpdateRule
+
+__all__ = ["Mode", "Run", "open_run"]
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["begin", "continue", "read"]
+BLOCK_BYTES = 4096  # of file systems
+SMALL_FILES_BYTES = 1 << 20  # journal, logbook, descriptions; a million steps take 64 times as much
+_TRACED = ("layout", "noise", "rule", "rounding", "codec", "decays", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a store needs to know to begin or continue a run.
+
+    Args:
+        layout, placement: what the units are and where they live.
+        rule: how records change weights.
+        rhythm: how often units are written.
+        device: where leases are lent.
+        facts: what the journal's header says of the run besides, and what has to be the same when it is continued.
+        base_folder: the checkpoint that the weights come from, bit for bit; None: keep a copy of them.
+        sync_every: steps between two syncs of the journal.
+        describe: writes what an exported folder holds besides weights.
+    """
+
+    layout: Layout
+    placement: Placement
+    rule: UpdateRule
+    rhythm: Rhythm
+    device: torch.device
+    facts: Mapping[str, Any]
+    base_folder: str | None
+    sync_every: int
+    describe: Callable[[Path], None]
+
+    def header(self) -> dict[str, Any]:
+        """The journal's header, but for what founding finds out."""
+        return {
+            "layout": self.layout.digest(),
+            "noise": self.rule.noise.identity,
+            "rule": self.rule.identity,
+            "rounding": self.rule.rounding,
+            "codec": PLAIN.identity,
+            "base_folder": self.base_folder,
+            "device": self.device.type,
+            "versions": {
+                "zo2trl": version("zo2trl"), "python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "transformers": transformers.__version__,
+            },
+            **self.facts,
+        }  # fmt: skip
+
+
+def open_run(folder: StoreFolder, run: Run, source: Source, *, mode: Mode, fs: FS) -> TieredStore:
+    """A store with all units in their tiers; owns `folder` from here on, if it succeeds.
+
+    Raises:
+        BudgetError: the disk has no room for what would be written.
+        StoreForeign: the run in the folder is one of other weights, or cannot be continued with these choices.
+        StoreCorrupt: what is there is damaged.
+    """
+    with ExitStack() as undo:
+        if mode == "begin":
+            homes, journal = _begin(folder, run, source, undo=undo, fs=fs)
+        else:
+            homes, journal = _continue(folder, run, source, mode=mode, undo=undo, fs=fs)
+        logbook = Logbook.open(folder.logbook, fs=fs) if mode != "read" else Logbook.blank(folder.logbook, fs=fs)
+        undo.callback(logbook.close)
+        store = TieredStore(
+            homes, journal=journal, logbook=logbook, rule=run.rule, rhythm=run.rhythm, device=run.device,
+            on_first_step=folder.drop_earlier_run if mode == "begin" else lambda: None, on_close=folder.close,
+        )  # fmt: skip
+        undo.pop_all()
+    return store
+
+
+def _begin(folder: StoreFolder, run: Run, source: Source, *, undo: ExitStack, fs: FS) -> tuple[Homes, Journal]:
+    n_steps = folder.set_run_aside()
+    if n_steps:
+        logger.warning(
+            "%s holds a run of %d steps, and training starts over beside it. To continue that run instead, stop now "
+            "and pass `resume_from_checkpoint=True`. With the first new step only its journal is kept.",
+            folder.path, n_steps,
+        )  # fmt: skip
+    _check_disk_space(run, folder, fs)
+    files = UnitFiles(folder.units, fs=fs)
+    homes = _make_homes(run, files, fs=fs)
+    undo.callback(homes.close)
+    crcs = homes.found(source, keep_base=run.base_folder is None)
+    write_layout(folder.layout, run.layout, crcs, fs=fs)
+    run.describe(folder.model)
+    fs.sync_tree(folder.model)
+    header = {**run.header(), "store": uuid.uuid4().hex, "base": base_digest(run.layout, crcs)}
+    journal = Journal.create(
+        folder.journal, header=header, units=files.founding, fs=fs, sync_every=run.sync_every
+    )  # fmt: skip
+    undo.callback(journal.close)
+    files.attach(journal, run.layout.units)
+    return homes, journal
+
+
+def _continue(
+    folder: StoreFolder, run: Run, source: Source, *, mode: Mode, undo: ExitStack, fs: FS
+) -> tuple[Homes, Journal]:
+    read_only = mode == "read"
+    journal = Journal.open(folder.journal, fs=fs, read_only=read_only, sync_every=run.sync_every)
+    undo.callback(journal.close)
+    _refuse_other_run(journal.header, run, folder)
+    stored = read_layout(folder.layout, fs=fs)
+    if base_digest(run.layout, stored.base_crcs) != journal.header.get("base"):
+        raise StoreForeign(
+            f"{folder.layout} does not belong to {folder.journal}: the checksums of the first weights differ. Restore "
+            "both from the same copy."
+        )
+    files = UnitFiles(folder.units, fs=fs)
+    files.attach(journal, run.layout.units)
+    if read_only:
+        run = replace(run, placement=_in_memory_unless_filed(run, files))
+    else:
+        if journal.records:
+            folder.drop_earlier_run()  # a crash may have come between this run's first step and that
+        _check_disk_space(run, folder, fs, there=files)
+        for name in files.sweep(run.layout.units):
+            logger.info("%s is removed: no record of the journal names it.", folder.units / name)
+    homes = _make_homes(run, files, fs=fs, read_only=read_only)
+    undo.callback(homes.close)
+    homes.restore(source, base_crcs=stored.base_crcs, has_base=run.base_folder is not None)
+    return homes, journal
+
+
+def _refuse_other_run(found: Mapping[str, Any], run: Run, folder: StoreFolder) -> None:
+    wanted = run.header()
+    for name in _TRACED:
+        if found.get(name) != wanted[name]:
+            raise StoreForeign(
+                f"The run in {folder.path} cannot be continued bit for bit: its {name} is {_short(found.get(name))}, "
+                f"and would now be {_short(wanted[name])}. Use the arguments and the model it was begun with, or "
+                "start anew with another `store_dir`."
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _in_memory_unless_filed(run: Run, files: UnitFiles) -> Placement:
+    """Without writing, a unit of the disk tier that has no file yet lives in memory."""
+    tiers: dict[int, TierName] = {
+        unit.index: "cpu" if tier == "disk" and files.newest(unit) is None else tier
+        for unit in run.layout.units
+        for tier in (run.placement.tier_of[unit.index],)
+    }
+    return replace(run.placement, tier_of=tiers)
+
+
+def _make_homes(run: Run, files: UnitFiles, *, fs: FS, read_only: bool = False) -> Homes:
+    in_cpu = [run.layout.units[index] for index in run.placement.units_in("cpu")]
+    tiers = Tiers(
+        gpu=DeviceTier(run.device),
+        cpu=HostTier(in_cpu, pinned=run.device.type == "cuda"),
+        disk=DiskTier(files, keep_base=run.base_folder is None, fs=fs),
+    )
+    return Homes(run.layout, run.placement, tiers=tiers, files=files, device=run.device, read_only=read_only)
+
+
+def _check_disk_space(run: Run, folder: StoreFolder, fs: FS, *, there: UnitFiles | None = None) -> None:
+    """Homes on disk, the copy of the first weights, a snapshot of every unit in memory, and two drafts beside them."""
+    needed = 0
+    drafts = [0]
+    for unit in run.layout.units:
+        on_disk = run.placement.tier_of[unit.index] == "disk"
+        if unit.is_trained or on_disk:
+            files = 1 + (unit.is_trained and run.base_folder is None)
+            needed += (files - len(there.versions(unit) if there else ())) * _file_bytes(unit)
+        drafts.append(_file_bytes(unit) if unit.is_trained else 0)
+    needed = max(needed + sum(sorted(drafts)[-2:]), 0) + SMALL_FILES_BYTES
+    free = fs.free_bytes(folder.path)
+    if needed > free:
+        raise BudgetError(
+            f"`store_dir` {folder.path} will hold up to {needed:,} bytes more, {free:,} are free. {_fewer(run)} Or "
+            "choose another `store_dir`."
+        )
+
+
+def _file_bytes(unit: Unit) -> int:
+    """On disk: bytes, a checksum per tensor, and what is lost to blocks."""
+    return unit.n_bytes + CRC_BYTES * len(unit.tensors) + BLOCK_BYTES
+
+
+def _fewer(run: Run) -> str:
+    units: list[Unit] = [run.layout.units[index] for index in run.placement.units_in("disk")]
+    tips = ["Free some space."]
+    if run.base_folder is None:
+        tips.append("Hand over the checkpoint's path instead of a loaded model: its weights are then not copied.")
+    if units:
+        tips.append("Raise `cpu_memory` or `device_memory`, so that fewer units live on disk.")
+    return " ".join(tips)

@@ -1,0 +1,27 @@
+"""The three tiers of one store, by name."""
+
+from contextlib import ExitStack
+
+from zo2trl.tiers.cpu import HostTier
+from zo2trl.tiers.disk import DiskTier
+from zo2trl.tiers.gpu import DeviceTier
+from zo2trl.tiers.placement import TierName
+from zo2trl.tiers.tier import Tier
+
+__all__ = ["Tiers"]
+
+
+class Tiers:
+    """A home for each tier name."""
+
+    def __init__(self, *, gpu: DeviceTier, cpu: HostTier, disk: DiskTier) -> None:
+        self.gpu, self.cpu, self.disk = gpu, cpu, disk
+
+    def __getitem__(self, name: TierName) -> Tier:
+        return {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk}[name]
+
+    def close(self) -> None:
+        """Release memory, maps and files."""
+        with ExitStack() as everything:
+            for tier in (self.gpu, self.cpu, self.disk):
+                everything.callback(tier.close)

@@ -1,0 +1,302 @@
+"""Unit files: the versions of units on disk, and the order of operations that makes a new one the valid one.
+
+Does not: know what a tier is, or when a unit should be written.
+
+A file `<unit>@<position>` holds a unit's bytes after the first `position` records of the journal, then a table with
+one CRC32 (u32, little-endian) per tensor, so that damage is traced to a parameter. It counts from the moment its UNIT
+record is in the journal: data synced -> folder synced -> UNIT record synced -> the version it replaces is unlinked.
+
+Invariants:
+- A file that a UNIT record names is never written to again, and never holds perturbation.
+- An origin (weights that no record leads to: the first ones, or a state dict loaded later) is never unlinked.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zo2trl.errors import StoreCorrupt, StoreError
+from zo2trl.tiers.fs import FS, LOCAL, inside
+from zo2trl.tiers.journal import Journal, MarkKind, UnitRecord
+from zo2trl.tiers.layout import TensorSpec, Unit
+
+__all__ = ["Draft", "UnitFiles", "check_tensor", "file_name", "padded_crc", "table_crc", "tensor_crcs"]
+
+CRC_BYTES = 4
+CHECK_BYTES = 64 * 2**20  # read at a time while a file is checked
+_MAX_NAME_BYTES = 200
+
+
+@dataclass(eq=False)
+class Draft:
+    """A version that is being written and does not count yet."""
+
+    unit: Unit
+    position: int
+    edition: int
+    path: Path
+    fd: int | None
+    crcs: dict[int, int] = field(default_factory=dict)  # tensor id -> CRC32 of its padded bytes
+
+    def lacks(self) -> list[TensorSpec]:
+        """Tensors that were not written yet."""
+        return [spec for spec in self.unit.tensors if spec.tensor_id not in self.crcs]
+
+
+class UnitFiles:
+    """The versions of all units of one store.
+
+    Until `attach` the store is being founded: what is published is only collected in `founding`, for the journal that
+    will be created with it.
+    """
+
+    founding: list[UnitRecord]
+
+    _versions: dict[int, list[UnitRecord]]  # unit -> origins and the newest version, oldest first
+    _commit: Callable[[UnitRecord], None]
+
+    def __init__(self, folder: Path, *, fs: FS = LOCAL) -> None:
+        self.folder, self._fs = folder, fs
+        self._versions = {}
+        self.founding = []
+        self._commit = self.founding.append
+        self._journal: Journal | None = None
+        self._failure: StoreError | None = None
+
+    def attach(self, journal: Journal, units: Sequence[Unit]) -> None:
+        """From here on a version counts when its record is in `journal`; those that are there count already."""
+        self._versions = {unit.index: journal.versions(unit.index) for unit in units}
+        self._journal, self._commit = journal, journal.append_unit
+
+    def versions(self, unit: Unit) -> list[UnitRecord]:
+        """Origins and the newest version, oldest first."""
+        return list(self._versions.get(unit.index, ()))
+
+    def newest(self, unit: Unit) -> UnitRecord | None:
+        """The version that would be loaded after a crash: no step before it leads over a later origin."""
+        return _last(self.versions(unit))
+
+    def start_for(self, unit: Unit, position: int) -> UnitRecord | None:
+        """The newest version from which replay leads to `position`; None: only the base weights do."""
+        return _last([record for record in self.versions(unit) if record.position <= position])
+
+    def path(self, unit: Unit, record: UnitRecord) -> Path:
+        """Where a version lies; refused unless that is in the folder."""
+        name = file_name(unit, position=record.position, edition=record.edition)
+        return inside(self.folder, name, error=StoreCorrupt)
+
+    # -- writing
+
+    def create(self, unit: Unit, *, position: int) -> Draft:
+        """Reserve room for a new version. Raises `StoreError` with both byte counts if the disk is full."""
+        same = [record.edition for record in self.versions(unit) if record.position == position]
+        edition = max(same, default=-1) + 1
+        path = self.folder / file_name(unit, position=position, edition=edition)
+        self._fs.unlink(path, missing_ok=True)  # a draft that a crash left behind: no record names it
+        fd = self._fs.create(path, unit.n_bytes + CRC_BYTES * len(unit.tensors))
+        return Draft(unit, position, edition, path, fd)
+
+    def write(self, draft: Draft, tensors: Sequence[TensorSpec], data: memoryview) -> None:
+        """Write consecutive tensors; `data` (bytes) holds them with their padding, except for the last one's."""
+        start = tensors[0].byte_offset
+        assert draft.fd is not None
+        self._fs.write_at(draft.fd, data, start)
+        for spec in tensors:
+            first = spec.byte_offset - start
+            draft.crcs[spec.tensor_id] = padded_crc(spec, data[first : first + spec.n_padded_bytes])
+
+    def publish(self, draft: Draft, *, is_origin: bool = False) -> UnitRecord:
+        """Make a complete draft durable, then valid, then remove the version it replaces."""
+        with self._no_second_try():
+            record = self._seal(draft, is_origin=is_origin)
+            self._fs.sync_folder(self.folder)
+            self._commit(record)
+        self._replace(draft.unit, record)
+        return record
+
+    def publish_together(self, drafts: Sequence[Draft]) -> list[UnitRecord]:
+        """Make several units' drafts origins at once: after a crash all of them count, or none."""
+        assert self._journal is not None, "a store is founded unit by unit"
+        with self._no_second_try():
+            records = [self._seal(draft, is_origin=True) for draft in drafts]
+            self._fs.sync_folder(self.folder)
+            for record in records:
+                self._commit(record)
+            self._journal.append_mark(MarkKind.CHANGED, step=0)
+        for draft, record in zip(drafts, records, strict=True):
+            self._replace(draft.unit, record)
+        return records
+
+    @contextmanager
+    def _no_second_try(self) -> Iterator[None]:
+        """A sync that failed has forgotten what it should have written: nothing is published after it."""
+        if self._failure is not None:
+            raise StoreError(
+                f"{self.folder}: nothing is written any more since a sync failed ({self._failure}). Cure the cause, "
+                "then open the store again: the journal has every step."
+            ) from self._failure
+        try:
+            yield
+        except StoreError as error:
+            self._failure = error
+            raise
+
+    def _seal(self, draft: Draft, *, is_origin: bool) -> UnitRecord:
+        assert not draft.lacks(), "a version is published whole"
+        unit = draft.unit
+        crcs = [draft.crcs[spec.tensor_id] for spec in unit.tensors]
+        assert draft.fd is not None
+        try:
+            self._fs.write_at(draft.fd, _table(crcs), unit.n_bytes)
+            self._fs.sync_data(draft.fd)
+        finally:
+            self._close(draft)
+        return UnitRecord(
+            unit=unit.index, position=draft.position, edition=draft.edition, n_bytes=unit.n_bytes,
+            crc=table_crc(crcs), is_origin=is_origin,
+        )  # fmt: skip
+
+    def _replace(self, unit: Unit, record: UnitRecord) -> None:
+        before = self._versions.setdefault(unit.index, [])
+        replaced = [old for old in before if not old.is_origin]
+        self._versions[unit.index] = [old for old in before if old.is_origin] + [record]
+        for old in replaced:
+            self._fs.unlink(self.path(unit, old), missing_ok=True)
+
+    def discard(self, draft: Draft) -> None:
+        """Give a draft's room back."""
+        self._close(draft)
+        self._fs.unlink(draft.path, missing_ok=True)
+
+    def _close(self, draft: Draft) -> None:
+        fd, draft.fd = draft.fd, None
+        if fd is not None:
+            self._fs.close(fd)
+
+    def forget_after(self, position: int) -> None:
+        """History was rewound: versions beyond `position` lead nowhere. Every unit has one that is not."""
+        for index, records in self._versions.items():
+            self._versions[index] = [record for record in records if record.position <= position]
+
+    def sweep(self, units: Sequence[Unit]) -> list[str]:
+        """Remove the files that no record names: drafts and replaced versions that a crash left. Returns names."""
+        named = {self.path(unit, record).name for unit in units for record in self.versions(unit)}
+        stray = [name for name in self._fs.list_names(self.folder) if name not in named]
+        for name in stray:
+            self._fs.unlink(self.folder / name)
+        return stray
+
+    # -- reading
+
+    def open(self, unit: Unit, record: UnitRecord) -> int:
+        """A descriptor of a version, for `read`; `StoreCorrupt` if it is missing or has another length."""
+        path = self.path(unit, record)
+        if not self._fs.exists(path):
+            raise _damaged(path, 0, unit, what="the file is missing")
+        fd = self._fs.open(path)
+        expected = unit.n_bytes + CRC_BYTES * len(unit.tensors)
+        if record.n_bytes != unit.n_bytes or self._fs.size(fd) != expected:
+            size = self._fs.size(fd)
+            self._fs.close(fd)
+            what = f"the file has {size:,} bytes instead of {expected:,}"
+            raise _damaged(path, min(size, expected), unit, what=what)
+        return fd
+
+    def read_table(self, unit: Unit, record: UnitRecord, fd: int) -> dict[int, int]:
+        """Tensor id -> CRC32 of its padded bytes, from an open version; the table itself is checked."""
+        path = self.path(unit, record)
+        table = bytearray(CRC_BYTES * len(unit.tensors))
+        self._fs.read_at(fd, table, unit.n_bytes, path=path)
+        if zlib.crc32(table) != record.crc:
+            raise _damaged(path, unit.n_bytes, unit, what="its table of checksums does not match the journal")
+        crcs: list[int] = np.frombuffer(table, "<u4").tolist()
+        return {spec.tensor_id: crc for spec, crc in zip(unit.tensors, crcs, strict=True)}
+
+    def check(self, unit: Unit, record: UnitRecord) -> None:
+        """Read a whole version and compare every tensor with its CRC.
+
+        Raises:
+            StoreCorrupt: names file, offset, unit, parameter and the way out.
+        """
+        for _ in self.read_checked(unit, record):
+            pass
+
+    def read_checked(self, unit: Unit, record: UnitRecord) -> Iterator[tuple[int, memoryview]]:
+        """The version's bytes in pieces, (offset, bytes valid until the next one), each tensor checked at its end."""
+        path = self.path(unit, record)
+        fd = self.open(unit, record)
+        try:
+            expected = self.read_table(unit, record, fd)
+            largest = max((spec.n_padded_bytes for spec in unit.tensors), default=0)
+            buffer = memoryview(bytearray(max(min(CHECK_BYTES, largest), 1)))
+            for spec in unit.tensors:
+                found = 0
+                for start in range(0, spec.n_padded_bytes, len(buffer)):
+                    piece = buffer[: min(len(buffer), spec.n_padded_bytes - start)]
+                    self._fs.read_at(fd, piece, spec.byte_offset + start, path=path)
+                    found = zlib.crc32(piece, found)
+                    yield spec.byte_offset + start, piece
+                _compare(path, unit, spec, found=found, expected=expected[spec.tensor_id])
+        finally:
+            self._fs.close(fd)
+
+    def map(self, unit: Unit, record: UnitRecord) -> NDArray[np.uint8]:
+        """The unit's bytes [n_bytes] as a copy-on-write map; see `FS.map`."""
+        return self._fs.map(self.path(unit, record))[: unit.n_bytes]
+
+
+def file_name(unit: Unit, *, position: int, edition: int = 0) -> str:
+    """The file of a version. Module names may hold anything, so they are quoted; very long ones are hashed."""
+    name = quote(unit.name, safe=" ()")
+    if len(name) > _MAX_NAME_BYTES:
+        name = hashlib.sha256(unit.name.encode()).hexdigest()
+    return f"{name}@{position}" + (f".{edition}" if edition else "")
+
+
+def tensor_crcs(unit: Unit, data: memoryview) -> list[int]:
+    """CRC32 of each tensor's padded bytes in a unit's buffer."""
+    return [zlib.crc32(data[spec.byte_offset : spec.byte_offset + spec.n_padded_bytes]) for spec in unit.tensors]
+
+
+def table_crc(crcs: Sequence[int]) -> int:
+    """CRC32 of a file's table of checksums: what its UNIT record holds."""
+    return zlib.crc32(_table(crcs))
+
+
+def padded_crc(spec: TensorSpec, data: memoryview) -> int:
+    """CRC32 of a tensor's bytes and the zeros that pad them to whole tiles."""
+    return zlib.crc32(bytes(spec.n_padded_bytes - len(data)), zlib.crc32(data))
+
+
+def _table(crcs: Sequence[int]) -> bytes:
+    return np.array(crcs, "<u4").tobytes()
+
+
+def check_tensor(path: Path, unit: Unit, spec: TensorSpec, *, data: memoryview, expected: int) -> None:
+    """Raise `StoreCorrupt` unless a tensor's padded bytes, read from `path`, have the CRC32 they should have."""
+    _compare(path, unit, spec, found=zlib.crc32(data), expected=expected)
+
+
+def _compare(path: Path, unit: Unit, spec: TensorSpec, *, found: int, expected: int) -> None:
+    if found != expected:
+        what = f"{spec.name} has CRC {found:08x}, expected {expected:08x}"
+        raise _damaged(path, spec.byte_offset, unit, what=what)
+
+
+def _last(records: Sequence[UnitRecord]) -> UnitRecord | None:
+    """The one furthest in history; of those at one position, the one that was published last."""
+    return max(reversed(records), key=lambda record: record.position, default=None)
+
+
+def _damaged(path: Path, offset: int, unit: Unit, *, what: str) -> StoreCorrupt:
+    return StoreCorrupt(
+        f"{path} at offset {offset}, unit {unit.name}: {what}. Nothing was changed. `zo2trl verify` lists all damage; "
+        "restore the file from a copy, or rebuild the weights from the base model with `zo2trl export --base`."
+    )

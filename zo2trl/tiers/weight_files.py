@@ -1,0 +1,126 @@
+"""The weight files of a checkpoint: which ones there are, in a folder or on the hub, and what their headers say.
+
+Does not: read weights, build models, run pickles.
+Invariant: no file is opened whose name leads out of the folder; a hub cache's blobs count as inside.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from zo2trl.errors import CheckpointError
+from zo2trl.tiers.fs import LOCAL
+from zo2trl.tiers.paths import inside
+
+__all__ = [
+    "checkpoint_folder", "hub_arguments", "indexed_files", "read_headers", "read_index", "trusted_file",
+    "weight_files",
+]  # fmt: skip
+
+# An index has one line per tensor; the largest published ones stay under 20 MB.
+MAX_INDEX_BYTES = 256 * 2**20
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+_FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def trusted_file(folder: Path, name: str) -> Path:
+    """``folder / name``, refused unless it stays in the folder; a hub cache's blobs beside it count too."""
+    here = folder.absolute()
+    homes = [home for home in here.parents if home.name.startswith("models--") and (home / "blobs").is_dir()]
+    return inside(folder, name, error=CheckpointError, links_into=tuple(homes))
+
+
+def read_index(path: Path) -> list[str]:
+    """The file names in a ``*.index.json``, sorted, each checked to stay in the folder; none of them is opened."""
+    try:
+        index = json.loads(LOCAL.read_text(path, max_bytes=MAX_INDEX_BYTES))
+        names = sorted(set(index["weight_map"].values()))
+        dict(index["metadata"])
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not an index of weights: it needs `metadata` and a `weight_map` from tensor names to file "
+            "names. Restore it from where the checkpoint came from."
+        ) from error
+    for name in names:
+        trusted_file(path.parent, name)
+    return names
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that a ``*.index.json`` names, every one of them there."""
+    files = [index.parent / name for name in read_index(index)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(
+            f"{len(missing)} of the {len(files)} weight files that {index} names are missing, the first is "
+            f"{missing[0]}. Finish the download or copy them."
+        )
+    return files
+
+
+def checkpoint_folder(source: str, kwargs: Mapping[str, Any]) -> Path:
+    """The folder that `subfolder` in `from_pretrained`'s arguments leads to."""
+    return Path(source, kwargs.get("subfolder") or "")
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for a look-up on the hub that answers None where the repository lacks the file."""
+    given = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    return given | {"_raise_exceptions_for_missing_entries": False}
+
+
+def weight_files(source: str, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> list[Path]:
+    """The safetensors files of a checkpoint, fetched if they are on the hub; nothing in them is read."""
+    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+    named = getattr(config, "transformers_weights", None)
+    candidates = [named] if named else [f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"]
+    if not Path(source).is_dir():
+        return _hub_files(source, candidates, kwargs)
+    folder = checkpoint_folder(source, kwargs)
+    for path in (trusted_file(folder, name) for name in candidates):
+        if path.is_file():
+            return indexed_files(path) if path.suffix == ".json" else [path]
+    if not any(folder.glob("*.bin")):
+        raise CheckpointError(f"{folder} has no {' or '.join(candidates)}: no weights to load. Check the path.")
+    raise CheckpointError(
+        f"{folder} holds pickled weights only (*.bin), and unpickling can run code. Convert them once, without "
+        f"running any: `zo2trl convert {folder} {folder.absolute()}-safetensors`, then load that folder."
+    )
+
+
+def _hub_files(source: str, candidates: list[str], kwargs: Mapping[str, Any]) -> list[Path]:
+    for name in candidates:
+        path = cached_file(source, name, **hub_arguments(kwargs))
+        if path is not None and name.endswith(".json"):
+            read_index(Path(path))
+            return [Path(file) for file in get_checkpoint_shard_files(source, path, **hub_arguments(kwargs))[0]]
+        if path is not None:
+            return [Path(path)]
+    raise CheckpointError(
+        f"The repository {source!r} has no {' or '.join(candidates)}, and pickled weights can run code. If it has "
+        "*.bin files, download it to a folder SRC and run `zo2trl convert SRC DST`."
+    )
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, tuple[torch.dtype | None, int]]:
+    """Name -> (dtype, elements) of every tensor in the files; the dtype is None unless it is a floating one."""
+    found: dict[str, tuple[torch.dtype | None, int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no dict
+                    tensor = opened.get_slice(name)
+                    found[name] = _FLOAT_DTYPES.get(tensor.get_dtype()), math.prod(tensor.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is not a whole safetensors file ({error}). Fetch it again from where it came from."
+            ) from error
+    return found
