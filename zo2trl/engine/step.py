@@ -187,7 +187,9 @@ class Engine:
             self.binding.poison_all()
             try:
                 values = march(passes, lambda index, waiting: self._serve(index, waiting, seed))
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    error.add_note(_memory_note(self.store))
                 self.store.settle()  # unit versions that this march leaves incomplete are forgotten
                 raise
             finally:
@@ -293,6 +295,17 @@ class Engine:
                 "at the batches of these steps, lower `learning_rate` or `zo_eps`, or load the model in bfloat16 or "
                 "float32."
             )
+
+
+def _memory_note(store: TieredStore) -> str:
+    """What a user needs to know when the device is full. A note leaves the error what it was: others look for it."""
+    planned = store.placement.device_bytes
+    peak = torch.cuda.max_memory_allocated(store.device) if store.device.type == "cuda" else planned
+    return (
+        f"zo2trl: weights, ring and scratch take {planned:,} bytes of `device_memory`, the allocator's peak was "
+        f"{peak:,}: activations come on top. Lower `per_device_train_batch_size` or `max_length`, or set "
+        "`device_memory` so much lower that they fit. Every step so far is in the journal."
+    )
 
 
 def _skips_at_end(records: Sequence[Record]) -> int:

@@ -17,18 +17,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
 from zo2trl.errors import StoreCorrupt, StoreForeign
 from zo2trl.tiers.cpu import HostTier
-from zo2trl.tiers.disk import DiskHome, DiskTier
+from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.gpu import DeviceTier
 from zo2trl.tiers.journal import UnitRecord
 from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit
 from zo2trl.tiers.placement import Placement, TierName
-from zo2trl.tiers.prefetch import Slot
+from zo2trl.tiers.prefetch import Arrival, Slot
 from zo2trl.tiers.replay import Ledger
 from zo2trl.tiers.staging import Staging
 from zo2trl.tiers.three import Tiers
@@ -72,7 +71,6 @@ class Homes:
         self._writes: dict[int, Future] = {}  # segment -> its newest write-back
         self._snapshots: list[Future] = []  # and write-backs that a newer one of the same segment has followed
         self._doubtful: set[int] = set()  # segments on disk whose views users may have written to
-        self._written_to: set[int] = set()  # units of which that is known
         self._lock = threading.Lock()  # traffic, views and ledger are changed by worker threads, too
         self._staging = Staging(0, device=device)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="zo2trl-write")
@@ -182,8 +180,8 @@ class Homes:
         self._staging.close()
         self._staging = Staging(slot_bytes if self.placement.units_in("disk") else 0, device=self._device)
 
-    def load(self, segment: Segment, slot: Slot) -> int:
-        """Home -> slot, in a fetch thread; returns the position the copied bytes have absorbed."""
+    def load(self, segment: Segment, slot: Slot) -> Arrival:
+        """Home -> slot, in a fetch thread."""
         write = self._writes.get(segment.index)
         if write is not None:
             # A host unit is about to change in place. If the write fails, the march's end says so: the home and its
@@ -197,27 +195,25 @@ class Homes:
         if disk_home is None:
             self._staging.upload(self._tiers.cpu.weights(segment), target, slot)
             self._count(h2d=segment.n_bytes)
-        else:
-            self._staging.read_and_upload(partial(self._read, disk_home, segment), target, slot)
-            self._count(disk_read=segment.n_bytes, h2d=segment.n_bytes if self._device.type != "cpu" else 0)
-        return position
+            return Arrival(position)
+        is_doubtful, written_to = segment.index in self._doubtful, False
 
-    def _read(self, home: DiskHome, segment: Segment, into: memoryview) -> None:
-        home.read(segment.tensors, into)
-        if segment.index in self._doubtful:
-            self._doubtful.discard(segment.index)
-            if home.was_written_to(segment.tensors, into):
-                self._written_to.add(segment.unit.index)
+        def read(into: memoryview) -> None:
+            nonlocal written_to
+            disk_home.read(segment.tensors, into)
+            written_to = is_doubtful and disk_home.was_written_to(segment.tensors, into)
+
+        self._staging.read_and_upload(read, target, slot)
+        self._count(disk_read=segment.n_bytes, h2d=segment.n_bytes if self._device.type != "cpu" else 0)
+        return Arrival(position, written_to)
+
+    def trust_view(self, segment: Segment) -> None:
+        """What a load brought was taken: the segment's view needs no second look."""
+        self._doubtful.discard(segment.index)
 
     def doubt_views(self) -> None:
         """Users are next: what they write into the views of units on disk is looked for at the next load."""
         self._doubtful = {segment.index for segment in self.layout.segments if self.tier_of(segment.unit) == "disk"}
-
-    def take_written_to(self, unit: Unit) -> bool:
-        """True, once, if a load found that somebody wrote into the unit's view."""
-        was_written_to = unit.index in self._written_to
-        self._written_to.discard(unit.index)
-        return was_written_to
 
     def keep_written(self, unit: Unit, *, position: int) -> None:
         """`begin_anew` with what is in a unit's view, beside write-backs of other units."""

@@ -233,7 +233,7 @@ def _adapters_of(model: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple[_
 
 def _origins(saved: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
     """Where each saved tensor comes from: the tensor itself, or (prompts) the only one that equals it."""
-    names = {_place(value): name for name, value in reversed(state.items())}
+    names = {_place(value): name for name, value in reversed(list(state.items()))}
     origins: dict[str, str] = {}
     for name, tensor in saved.items():
         found = names.get(_place(tensor))

@@ -14,16 +14,27 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from zo2trl.tiers.layout import Segment
 from zo2trl.tiers.waiting import wait_for
 
-__all__ = ["Fetch", "Load", "Prefetcher", "Slot"]
+__all__ = ["Arrival", "Fetch", "Load", "Prefetcher", "Slot"]
 
-Load = Callable[[Segment, "Slot"], int]
-"""Fills a slot with a segment's bytes and returns the journal position those bytes have absorbed."""
+
+class Arrival(NamedTuple):
+    """What a load says of the bytes it brought."""
+
+    position: int
+    """Records of the journal that they have absorbed."""
+    was_written_to: bool = False
+    """Somebody wrote into the segment's view at home, and this is what they wrote."""
+
+
+Load = Callable[[Segment, "Slot"], Arrival]
+"""Fills a slot with a segment's bytes."""
 
 
 @dataclass(eq=False)
@@ -42,7 +53,7 @@ class Fetch:
 
     segment: Segment
     slot: Slot
-    job: Future[int]
+    job: Future[Arrival]
 
     @property
     def wire(self) -> torch.Tensor:
@@ -79,8 +90,8 @@ class Prefetcher:
             self.drop()
             self._cursor = 0
 
-    def take(self, segment: Segment) -> tuple[Fetch, int]:
-        """The segment's bytes in a slot, and the journal position they have absorbed; waits for the load."""
+    def take(self, segment: Segment) -> tuple[Fetch, Arrival]:
+        """The segment's bytes in a slot, and what the load says of them; waits for it."""
         if not any(fetch.segment is segment for fetch in self._ahead):
             self.drop()
             self._cursor = self._next_position_of(segment)
@@ -91,13 +102,13 @@ class Prefetcher:
         self._taken.append(fetch)
         self._refill()
         try:
-            position = wait_for(fetch.job, what=f"unit {segment.unit.name}")
+            arrival = wait_for(fetch.job, what=f"unit {segment.unit.name}")
         except BaseException:
             self.give_back(fetch)
             raise
         if fetch.slot.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(fetch.slot.copied)
-        return fetch, position
+        return fetch, arrival
 
     def give_back(self, fetch: Fetch, *, after: Future | None = None) -> None:
         """End a taker's use of a slot; it is filled again once `after` (a write-back reading it) has ended."""
@@ -136,7 +147,7 @@ class Prefetcher:
         self._cursor = (self._cursor + 1) % len(self._order)
         self._ahead.append(Fetch(segment, slot, self._pool.submit(self._run, segment, slot, slot.busy)))
 
-    def _run(self, segment: Segment, slot: Slot, busy: Future | None) -> int:
+    def _run(self, segment: Segment, slot: Slot, busy: Future | None) -> Arrival:
         if busy is not None and not busy.cancelled():
             busy.exception()  # only its end matters here; its failure is raised where its result is awaited
         return self._load(segment, slot)

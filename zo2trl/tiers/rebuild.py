@@ -78,7 +78,8 @@ class Rebuild:
         self._scratch, self._tell, self._fs = scratch, progress, fs
         self._held: dict[int, tuple[UnitRecord, np.ndarray]] = {}
         self._rule: UpdateRule | None = None
-        self._done = self._total = 0
+        self._done = self._total = self._largest = 0
+        self._room: torch.Tensor | None = None
 
     def hold(self, units: Sequence[Unit]) -> int:
         """Map what each unit starts from, before anything is read: a training that goes on takes versions away.
@@ -95,7 +96,9 @@ class Rebuild:
             if all(self._run.files.versions(unit) == known[unit.index] for unit in missing):
                 break  # nobody took them away just now: they are lost, and what is older has to do
         self._total = sum(self._work(unit) for unit in units)
-        return sum(unit.n_bytes for unit in units if self._needs_scratch(unit))
+        replayed = [unit.n_bytes for unit in units if self._needs_scratch(unit)]
+        self._largest = max(replayed, default=0)
+        return sum(replayed)
 
     def tensors(self, unit: Unit) -> dict[str, torch.Tensor]:
         """A unit's tensors by name, each with a storage of its own, mapped from a file.
@@ -175,19 +178,26 @@ class Rebuild:
             if not pending:
                 buffer = torch.from_numpy(found)
                 return {spec.name: tensor_view(buffer, spec) for spec in unit.tensors}
-            data = torch.from_numpy(found).to(self._device, copy=True)
+            data = self._workspace(unit).copy_(torch.from_numpy(found))
         elif not pending:
             tensors = {spec.name: self._from_base(spec) for spec in unit.tensors}
             self._advance(unit, unit.n_bytes)
             return tensors
         else:
-            data = torch.zeros(unit.n_bytes, dtype=torch.uint8)
+            data = self._workspace(unit).zero_()
             for spec in unit.tensors:
                 carve(data, spec).copy_(self._from_base(spec))
             self._advance(unit, unit.n_bytes)
-            data = data.to(self._device)
         self._replay(unit, data, pending)
         return self._to_scratch(unit, data)
+
+    def _workspace(self, unit: Unit) -> torch.Tensor:
+        """Memory for one unit, the same for all: freed pieces of many sizes would never go back to the system."""
+        if self._room is None or len(self._room) < unit.n_bytes:
+            self._room = None
+            largest = max(unit.n_bytes, self._largest)
+            self._room = torch.empty(largest, dtype=torch.uint8, device=self._device)
+        return self._room[: unit.n_bytes]
 
     def _checked(self, unit: Unit, record: UnitRecord) -> np.ndarray:
         files = self._run.files

@@ -318,10 +318,11 @@ class TieredStore:
 
     def _fetch(self, segment: Segment, fetches: list[tuple[Fetch, Future | None]]) -> torch.Tensor:
         assert self._prefetcher is not None
-        fetch, position = self._prefetcher.take(segment)
+        fetch, (position, was_written_to) = self._prefetcher.take(segment)
         fetches.append((fetch, None))
-        if self.homes.take_written_to(segment.unit):
+        if was_written_to:
             self._keep_written(segment.unit, position=position)
+        self.homes.trust_view(segment)
         weights = PLAIN.decode(fetch.wire)
         records = self.records
         behind = catch_up(weights, segment, records, position=position, rule=self.rule)
