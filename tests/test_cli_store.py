@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 
-from tests.support.made_store import assert_same_files, flip, make_run, path_run, saver, unit_file
+from tests.support.made_store import assert_same_files, files_in, flip, make_run, path_run, saver, unit_file
 from tests.support.models import tiny_model
+from tests.support.runs import closing, sft_trainer
 from zo2trl import cli
 from zo2trl.tiers.journal import Journal, MarkKind
 from zo2trl.trainers.checkpoint import Pointer, commit_checkpoint
@@ -248,3 +250,19 @@ def test_log_needs_no_torch(run: Path) -> None:
     script = f"import sys\nfrom zo2trl import cli\ncli.main(['log', '{run}/store'])\nprint('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "False"
+
+
+def test_a_trained_adapter_is_exported_with_everything_the_trainer_saves(tmp_path: Path) -> None:
+    adapter = LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    trainer = sft_trainer(
+        tmp_path, tiny_model("opt"), extra={"peft_config": adapter}, save_strategy="steps", save_steps=2, max_steps=3
+    )
+    with closing(trainer):
+        trainer.train()
+        trainer.save_model(tmp_path / "saved")
+    for source, saved, out in (("store", "saved", "end"), ("checkpoint-2", "checkpoint-2", "middle")):
+        assert cli.main(["export", str(tmp_path / source), str(tmp_path / out)]) == 0
+        made = files_in(tmp_path / out)
+        assert made.items() <= files_in(tmp_path / saved).items()
+        assert set(made) >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+    assert cli.main(["verify", str(tmp_path / "checkpoint-2")]) == 0

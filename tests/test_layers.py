@@ -13,7 +13,7 @@ PACKAGE = ROOT / "zo2trl"
 RANKS = {
     name: rank
     for rank, names in enumerate(
-        [["errors"], ["zo"], ["amp"], ["tiers"], ["engine"], ["trainers"], ["zo2trl"], ["cli", "__main__"]]
+        [["errors", "versions"], ["zo"], ["amp"], ["tiers"], ["engine"], ["trainers"], ["zo2trl"], ["cli", "__main__"]]
     )
     for name in names
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.crash_fs import CrashFS, CrashImage
+from tests.support.durable import QuickFS
 from zo2trl.errors import ZO2TRLError
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.journal import GROWTH, RECORD_BYTES, Journal, MarkKind, UnitRecord
@@ -87,7 +88,7 @@ def check(image: CrashImage, fs: CrashFS, folder: Path, states: list[State]) -> 
     what = f"{image}:\n{fs.story(image.after)}"
     if not image.notes:
         if path.exists():
-            with Journal.open(path) as journal:
+            with Journal.open(path, fs=QuickFS()) as journal:
                 assert state(journal) == states[0], what
         return
     oldest, newest = image.notes[-1]
@@ -95,12 +96,12 @@ def check(image: CrashImage, fs: CrashFS, folder: Path, states: list[State]) -> 
         seen = state(journal)
     assert path.read_bytes() == image.files["journal"], f"looking changed something; {what}"
     assert seen in states[oldest : newest + 1], what
-    with Journal.open(path) as journal:
+    with Journal.open(path, fs=QuickFS()) as journal:
         assert state(journal) == seen, what
         last = journal.records[-1].step if journal.records else 0
         step(last + 1, directions=9)(journal)
         expected = state(journal)
-    with Journal.open(path) as journal:
+    with Journal.open(path, fs=QuickFS()) as journal:
         assert state(journal) == expected, what
         assert journal.repaired is None
 
@@ -164,7 +165,7 @@ def test_a_second_power_cut_during_the_recovery_from_the_first_is_no_worse(fs: C
             step(90)(journal)
             after = state(journal)
         for second in again.images(n_random=4, seed=n_repairs):
-            with Journal.open(second.write_to(tmp_path / "second") / "journal") as journal:
+            with Journal.open(second.write_to(tmp_path / "second") / "journal", fs=QuickFS()) as journal:
                 assert state(journal) in (seen, after), f"{image}, then {second}:\n{again.story(second.after)}"
     assert n_repairs >= 5
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.durable import Action, Oracle, QuickFS, Setup, act, small_layout, state_of
-from tests.support.processes import Report, child, single_threaded
+from tests.support.processes import Child, Report, child, single_threaded
 from zo2trl.tiers.fs import LOCAL
 
 KILLS_PER_STORE = 20
-LONGEST_LIFE_S = 0.06
+LONGEST_OPENING_S, LONGEST_ACTION_S = 0.02, 0.003
+MOST_ACTIONS = 24
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +67,9 @@ def kill_again_and_again(path: Path, setup: Setup, *, seed: int, n_kills: int) -
         quick = draw.random() < 0.5
         life = lambda report, actions=actions, quick=quick: live(path, setup, actions, quick=quick, report=report)  # noqa: E731
         with child(life) as victim:
-            time.sleep(draw.random() * LONGEST_LIFE_S)
+            said = wait_for_a_moment(victim, draw)
             victim.kill()
-            said = victim.rest()
+            said += victim.rest()
             victim.wait()
         assert all(word in ("open", "done") for word in said), said
         n_done = said.count("done")
@@ -77,6 +78,16 @@ def kill_again_and_again(path: Path, setup: Setup, *, seed: int, n_kills: int) -
         oracle = look(path, setup, oracle, actions[n_done], trial=f"seed {seed}, kill {kill} after {n_done} actions")
         n_acknowledged += n_done
     return n_acknowledged
+
+
+def wait_for_a_moment(victim: Child, draw: random.Random) -> list[str]:
+    """Until the victim is somewhere in its opening, or in the middle of its nth action."""
+    if draw.random() < 0.2:
+        time.sleep(draw.random() * LONGEST_OPENING_S)
+        return []
+    said = [victim.next() for _ in range(draw.randrange(1, MOST_ACTIONS))]
+    time.sleep(draw.random() * LONGEST_ACTION_S)
+    return said
 
 
 def look(path: Path, setup: Setup, oracle: Oracle, in_flight: Action, *, trial: str) -> Oracle:

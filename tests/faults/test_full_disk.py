@@ -77,7 +77,7 @@ def test_a_disk_that_somebody_fills_during_the_run_stops_it_and_loses_nothing(tm
 
     def work(report: Report) -> None:
         enter_private_mounts()
-        mount_tmpfs(disk, 1 << 20)
+        mount_tmpfs(disk, ROOMY)
         done: list[object] = []
         player = Player(SETUP, disk / "store", promised=done.append)
         player.play(actions[:fill_at])

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -38,9 +38,9 @@ class QuickFS(FS):
         pass
 
 
-def small_layout(*, by_leaf: bool = False, frozen: bool = False) -> Layout:
-    """Outside the blocks one tile, then blocks of one, two and one; `frozen` freezes the first block's tensor."""
-    layout = synthetic_layout([[1], [1, 1] if by_leaf else [2], [1]])
+def small_layout(*, by_leaf: bool = False, frozen: bool = False, rest_tiles: int = 1) -> Layout:
+    """Outside the blocks `rest_tiles`, then blocks of one, two and one; `frozen` freezes the first block's tensor."""
+    layout = synthetic_layout([[1], [1, 1] if by_leaf else [2], [1]], rest_tiles=rest_tiles)
     if frozen:
         layout = _freeze(layout, "t1")
     return replace(layout, leaf_blocks=frozenset({"block2"} if by_leaf else ()))
@@ -320,20 +320,28 @@ class Oracle:
 
 
 class Player:
-    """Plays actions on a store, with the oracle beside it; `promised` is called after each."""
+    """Plays actions on a store, each inside `around()`, with the oracle beside it; `promised` is called after each."""
 
     def __init__(
-        self, setup: Setup, path: Path, *, fs: FS = LOCAL, promised: Callable[[object], None] = lambda done: None
+        self,
+        setup: Setup,
+        path: Path,
+        *,
+        fs: FS = LOCAL,
+        promised: Callable[[object], None] = lambda done: None,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.setup, self.path, self.fs, self._promised = setup, path, fs, promised
+        self.setup, self.path, self.fs, self._promised, self._around = setup, path, fs, promised, around
         self.oracle = Oracle(setup)
-        self.store = setup.open(path, fs=fs)
+        with around():
+            self.store = setup.open(path, fs=fs)
         promised("open")
 
     def play(self, actions: Sequence[Action]) -> None:
         """All of them, in order."""
         for action in actions:
-            self._do(action)
+            with self._around():
+                self._do(action)
             self.oracle.do(action)
             self._promised(str(action))
 

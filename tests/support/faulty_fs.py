@@ -57,6 +57,11 @@ class FaultyFS(FS):
         self.waiting = threading.Event()
         """Set when a stalled call has begun to wait."""
 
+    def only(self, call: str, nth: int) -> None:
+        """From now on: this call alone, the nth time from here, meets the fault; 0 ends it."""
+        with self._counting:
+            self._calls_that_count, self.n_calls, self.at = (call,), 0, nth
+
     # -- faults
 
     def write_some(self, fd: int, data: memoryview, offset: int) -> int:

@@ -7,6 +7,7 @@ back can be compared with what the model had after each of them.
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ def invented(step: int) -> Record:
 
 
 @contextmanager
-def running(model: nn.Module, folder: Path, **choices: Any) -> Iterator[Engine]:
+def running(model: nn.Module, folder: Path, *, device: str = "cpu", **choices: Any) -> Iterator[Engine]:
     """An engine over a new store of `model`; `choices` are `EngineOptions` and the tier."""
     decay_names = [name for name, p in model.named_parameters() if p.dim() > 1]
-    engine = open_engine(model, options(folder, decay_names=decay_names, **choices))
+    chosen = options(folder, decay_names=decay_names, **choices)
+    engine = open_engine(model, replace(chosen, device=torch.device(device)))
     try:
         yield engine
     finally:

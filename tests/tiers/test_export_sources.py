@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.support.made_store import (
     unit_file,
 )
 from tests.support.models import tiny_model
-from tests.support.toys import Quadratic
+from tests.support.toys import Block, Quadratic, toy
 from zo2trl.errors import BudgetError, CheckpointError, ConfigError, StoreCorrupt, StoreForeign
 from zo2trl.tiers.export import export_store
 from zo2trl.tiers.fs import FS
@@ -333,3 +334,34 @@ def test_empty_whole_and_truth_valued_parameters_survive(tmp_path: Path) -> None
     make_run(model, tmp_path / "store", each=saver(model, tmp_path))
     export_store(tmp_path / "store", tmp_path / "out")
     assert_same_files(tmp_path / "out", tmp_path / "saved-5")
+
+
+def private_bytes() -> int:
+    """Memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_export_takes_the_memory_of_one_unit(tmp_path: Path) -> None:
+    width, n_blocks = 512, 30  # 4 MiB a block, 120 MiB in all
+    model = toy(n_blocks=n_blocks, block=lambda: Block(width))
+    make_run(model, tmp_path / "store", tier="cpu", steps=range(2), max_replay_s=1e9)
+    del model
+    export_store(tmp_path / "store", tmp_path / "first", step=0)  # what is imported and started on first use stays
+    before, most = private_bytes(), 0
+
+    def watch(what: str, done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, private_bytes() - before)
+
+    export_store(tmp_path / "store", tmp_path / "out", progress=watch)
+    assert 0 < most < 48 * 2**20

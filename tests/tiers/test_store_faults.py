@@ -8,6 +8,7 @@ from tests.tiers.test_store import eager_weights, hashes
 from zo2trl.errors import StoreError
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.fs import FS
+from zo2trl.zo.rules import UpdateRule
 
 
 class FailingWrites(FS):
@@ -79,3 +80,21 @@ def test_a_failing_load_surfaces_in_the_lease(tmp_path):
         disks[0].broken = False
         store.homes_changed()
         assert_equal(visit_all(store), weights_of(model))
+
+
+def test_a_resident_unit_that_absorbed_half_a_step_is_not_lent_again(tmp_path, monkeypatch):
+    model = toy()
+    with open_store(model, tmp_path, tier="gpu") as store:
+        store.append(record(0))
+        real = UpdateRule._step
+
+        def fail_half_way(self, weights, *args, **named):
+            real(self, weights, *args, **named)
+            raise MemoryError("no room for the rest of the unit")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(UpdateRule, "_step", fail_half_way)
+            with pytest.raises(MemoryError):
+                visit_all(store)
+        with pytest.raises(StoreError, match=r"layers.0.*not known.*resume_from_checkpoint"):
+            visit_all(store)

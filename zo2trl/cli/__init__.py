@@ -9,11 +9,11 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from zo2trl.cli import store
 from zo2trl.errors import ZO2TRLError
+from zo2trl.versions import package_version
 
 __all__ = ["main"]
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zo2trl", description="Forward-only fine-tuning of language models.")
-    parser.add_argument("--version", action="version", version=f"zo2trl {_version('zo2trl')}")
+    parser.add_argument("--version", action="version", version=f"zo2trl {package_version('zo2trl')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     convert = commands.add_parser("convert", help="turn a folder with pickled weights (*.bin) into safetensors")
@@ -73,10 +73,10 @@ def _facts() -> Iterator[tuple[str, str]]:
     from zo2trl.tiers.fs import LOCAL
     from zo2trl.tiers.placement import format_bytes
 
-    yield "zo2trl", _version("zo2trl")
+    yield "zo2trl", package_version("zo2trl")
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
     for name in PACKAGES:
-        yield name, _version(name)
+        yield name, package_version(name)
     yield from _devices()
     memory = psutil.virtual_memory()
     yield "CPU", f"{psutil.cpu_count()} cores ({platform.machine()})"
@@ -98,10 +98,3 @@ def _devices() -> Iterator[tuple[str, str]]:
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         yield f"GPU {index}", f"{name}, {format_bytes(total)}, {format_bytes(free)} free"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +33,7 @@ from zo2trl.tiers.store import Rhythm, TieredStore
 from zo2trl.tiers.three import Tiers
 from zo2trl.tiers.tier import Source
 from zo2trl.tiers.unit_files import CRC_BYTES, UnitFiles
+from zo2trl.versions import package_version
 from zo2trl.zo.rules import UpdateRule
 
 __all__ = ["Mode", "Run", "open_run"]
@@ -82,7 +82,7 @@ class Run:
             "base_folder": self.base_folder,
             "device": self.device.type,
             "versions": {
-                "zo2trl": version("zo2trl"), "python": platform.python_version(), "torch": torch.__version__,
+                "zo2trl": package_version("zo2trl"), "python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "transformers": transformers.__version__,
             },
             **self.facts,
@@ -212,7 +212,7 @@ def _check_disk_space(run: Run, folder: StoreFolder, fs: FS, *, there: UnitFiles
             files = 1 + (unit.is_trained and run.base_folder is None)
             needed += (files - len(there.versions(unit) if there else ())) * _file_bytes(unit)
         drafts.append(_file_bytes(unit) if unit.is_trained else 0)
-    needed = max(needed + sum(sorted(drafts)[-2:]), 0) + SMALL_FILES_BYTES
+    needed = max(needed + sum(sorted(drafts)[-2:]), 0) + (SMALL_FILES_BYTES if there is None else 0)
     free = fs.free_bytes(folder.path)
     if needed > free:
         raise BudgetError(

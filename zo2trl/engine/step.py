@@ -8,8 +8,8 @@ appending its record.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -129,7 +129,8 @@ class Engine:
             zo_eps=self.estimator.zo_eps, loss_plus=estimate.loss_plus, loss_minus=estimate.loss_minus,
             grad_norm=abs(estimate.projected_grad) if grad_norm is None else grad_norm,
         )  # fmt: skip
-        self.store.append(record)
+        with self._saying_what_fills_memory():
+            self.store.append(record)
 
     def run_clean(self, closures: Sequence[Closure]) -> list[Any]:
         """Call every closure once on the weights as they are, all in one march; their values in order."""
@@ -155,6 +156,7 @@ class Engine:
 
     def regranulate(self, layout: Layout, placement: Placement) -> None:
         """Visit the same units at other points (whole blocks, leaves)."""
+        self._adopt_changes()  # what was written into the views up to here would not be seen through new ones
         self.binding.unhook()
         self.store.regranulate(layout, placement)
         self._scratch = None
@@ -183,13 +185,11 @@ class Engine:
         self._adopt_changes()
         self.visited = []
         passes = [Pass(run, probe, first_point=REST) for run, probe in runs]
-        with torch.no_grad():
+        with torch.no_grad(), self._saying_what_fills_memory():
             self.binding.poison_all()
             try:
                 values = march(passes, lambda index, waiting: self._serve(index, waiting, seed))
-            except BaseException as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    error.add_note(_memory_note(self.store))
+            except BaseException:
                 self.store.settle()  # unit versions that this march leaves incomplete are forgotten
                 raise
             finally:
@@ -197,6 +197,15 @@ class Engine:
         self.store.end_march()
         self._expect_the_same_again()
         return values
+
+    @contextmanager
+    def _saying_what_fills_memory(self) -> Iterator[None]:
+        """A note leaves an out-of-memory error what it was: trainers look for it to try a smaller batch."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            error.add_note(_memory_note(self.store))
+            raise
 
     def _serve(self, index: int, waiting: Sequence[Pass], seed: int) -> None:
         point = self.store.layout.points[index]
@@ -298,7 +307,7 @@ class Engine:
 
 
 def _memory_note(store: TieredStore) -> str:
-    """What a user needs to know when the device is full. A note leaves the error what it was: others look for it."""
+    """What a user needs to know when the device is full."""
     planned = store.placement.device_bytes
     peak = torch.cuda.max_memory_allocated(store.device) if store.device.type == "cuda" else planned
     return (

@@ -30,7 +30,8 @@ class DiskHome:
         self._unit, self._fs = unit, fs
         self._path = files.path(unit, record)
         self._fd = files.open(unit, record)
-        weakref.finalize(self, fs.close, self._fd)
+        self.close = weakref.finalize(self, fs.close, self._fd)
+        """For when nobody reads any more; else the last user closes it by letting go."""
         self._crcs = files.read_table(unit, record, self._fd)
 
     def read(self, tensors: Sequence[TensorSpec], into: memoryview) -> None:
@@ -110,13 +111,19 @@ class DiskTier:
 
     def publish(self, unit: Unit) -> Callable[[], None]:
         """Complete the draft with frozen tensors that no write covered, and make it durable."""
-        draft, home = self._drafts.pop(unit.index), self._homes[unit.index]
-        for spec in draft.lacks():
-            data = memoryview(bytearray(spec.n_padded_bytes))
-            home.read([spec], data)
-            self._files.write(draft, [spec], data)
+        draft, home = self._drafts[unit.index], self._homes[unit.index]
+        try:
+            for spec in draft.lacks():
+                data = memoryview(bytearray(spec.n_padded_bytes))
+                home.read([spec], data)
+                self._files.write(draft, [spec], data)
+            record = self._files.publish(draft)
+        except BaseException:
+            self.abandon(unit)
+            raise
+        del self._drafts[unit.index]
         # Readers that still hold the old home keep its bytes: an unlinked file lives until its last user goes.
-        return partial(self.move_in, unit, self._files.publish(draft))
+        return partial(self.move_in, unit, record)
 
     def abandon(self, unit: Unit) -> None:
         """Unlink an incomplete draft."""
@@ -139,8 +146,10 @@ class DiskTier:
     def close(self) -> None:
         """Drop maps and unfinished drafts; published files stay."""
         drafts, self._drafts = self._drafts, {}
-        self._homes.clear()
+        homes, self._homes = self._homes, {}
         with ExitStack() as everything:
+            for home in homes.values():
+                everything.callback(home.close)
             for draft in drafts.values():
                 everything.callback(self._files.discard, draft)
 

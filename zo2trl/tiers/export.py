@@ -78,9 +78,7 @@ def export_store(
                 f"{out} takes up to {n_bytes:,} bytes while it is made, {free:,} are free. Free some space, or choose "
                 "a folder on a larger disk."
             )
-        values = model.buffers()
-        for unit in wanted:
-            values |= rebuild.tensors(unit)
+        values = model.buffers() | rebuild.tensors(wanted)
         if not run.is_same_until(position):
             raise StoreError(f"The run in {store_dir} was rewound or started over while it was read. Export it again.")
         try:

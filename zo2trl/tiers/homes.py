@@ -16,11 +16,11 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 
-from zo2trl.errors import StoreCorrupt, StoreForeign
+from zo2trl.errors import StoreCorrupt, StoreError, StoreForeign
 from zo2trl.tiers.cpu import HostTier
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.gpu import DeviceTier
@@ -67,6 +67,8 @@ class Homes:
         self.traffic = Counter()
         self._tiers, self._device = tiers, device
         self._ledger = Ledger()
+        self.spoiled: str | None = None
+        """What was being done when an error left bytes in memory that no position describes."""
         self._views: Counter[int] = Counter()  # unit -> how often its home moved to other memory
         self._writes: dict[int, Future] = {}  # segment -> its newest write-back
         self._snapshots: list[Future] = []  # and write-backs that a newer one of the same segment has followed
@@ -242,12 +244,20 @@ class Homes:
     def begin_anew(self, contents: Iterable[tuple[Unit, torch.Tensor]], *, position: int) -> None:
         """Give units bytes (flat uint8, their own views included) that no record leads to: all of them, or none."""
         drafts: list[Draft] = []
-        for unit, data in contents:
-            self._tier(unit).abandon(unit)
-            drafts.append(self._draft(unit, data, position=position))
-            if self.tier_of(unit) != "disk":
-                self._overwrite(unit, data)
-        self._move_in(self.files.publish_together(drafts))
+        try:
+            for unit, data in contents:
+                self._tier(unit).abandon(unit)
+                drafts.append(self._draft(unit, data, position=position))
+            records = self.files.publish_together(drafts)
+            for record in records:
+                self._fill(self.layout.units[record.unit], record)
+            self._move_in(records)
+        except BaseException as error:
+            self.spoiled = f"weights from outside were being taken over ({error})"
+            for draft in drafts:
+                with suppress(StoreError):
+                    self.files.discard(draft)
+            raise
 
     def set_back(self, unit: Unit, data: torch.Tensor, *, position: int) -> None:
         """Give one unit the bytes that an earlier part of the journal leads to."""
@@ -255,16 +265,18 @@ class Homes:
         newest = self.files.newest(unit)
         on_disk = self.tier_of(unit) == "disk"
         if not on_disk:
-            self._overwrite(unit, data)
+            self.view(unit)[0].copy_(data)
             with self._lock:
                 self._ledger.place(self._segments([unit]), position)
         if on_disk or (newest is not None and newest.position > position):
             self._move_in([self.files.publish(self._draft(unit, data, position=position))])
 
-    def _overwrite(self, unit: Unit, data: torch.Tensor) -> None:
-        home = self.view(unit)[0]
-        if home.data_ptr() != data.data_ptr():
-            home.copy_(data)
+    def _fill(self, unit: Unit, record: UnitRecord) -> None:
+        """A version -> a home in memory, in place."""
+        if self.tier_of(unit) != "disk":
+            home = self.view(unit)[0]
+            for start, piece in self.files.read_checked(unit, record):
+                home[start : start + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
 
     def _move_in(self, records: Sequence[UnitRecord]) -> None:
         for record in records:
@@ -311,14 +323,18 @@ class Homes:
         _raise_first([*writes.values(), *snapshots])
 
     def close(self) -> None:
-        """Let running jobs end, drop those that wait (records will lead there again), release everything."""
+        """Let running jobs end, drop those that wait (records will lead there again), release everything.
+
+        A job that nobody waited for and that failed is a warning: the journal has what it should have written.
+        """
         with ExitStack() as everything:
             everything.callback(self._staging.close)
             everything.callback(self._tiers.close)
             self._writer.shutdown(wait=True, cancel_futures=True)
-            for job in [*self._writes.values(), *self._snapshots]:
-                if job.done() and not job.cancelled() and (error := job.exception()) is not None:
-                    logger.warning("A unit was not written, and an older version of it is kept: %s", error)
+            jobs, self._writes, self._snapshots = [*self._writes.values(), *self._snapshots], {}, []
+            for error in [job.exception() for job in jobs if not job.cancelled()]:
+                if error is not None:
+                    logger.warning("A unit was not written, and an older version of it is kept: %s", str(error))
 
     # -- in the writer thread
 

@@ -13,7 +13,8 @@ import copy
 import difflib
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file
 
-from zo2trl.errors import CheckpointError, ConfigError, UnsupportedError
+from zo2trl.errors import CheckpointError, ConfigError, UnsupportedError, ZO2TRLError
 from zo2trl.tiers.fs import LOCAL
 from zo2trl.tiers.layout import find_stacks
 from zo2trl.tiers.placement import format_bytes
-from zo2trl.tiers.weight_files import checkpoint_folder, hub_arguments, read_headers, weight_files
+from zo2trl.tiers.weight_files import checkpoint_folder, hub_arguments, read_headers, refuse_misfits, weight_files
 
 __all__ = ["MappedModel", "load_mapped"]
 
+MAX_EMPTY_LAYERS = 1000
 _DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
 _STORE_PLACES = "the parameter store decides where parameters live"
 _NOT_YET = "adapters on quantised bases come with a later release"
@@ -106,21 +108,25 @@ def load_mapped(
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"{source} is quantised (see its config.json): {_NOT_YET}. Load the original model.")
     stored = read_headers(weight_files(source, config, kwargs))
-    floats = (dtype for dtype, _ in stored.values() if dtype is not None)
+    floats = (tensor.dtype for tensor in stored.values() if tensor.dtype is not None)
     dtype: Any = requested or config.dtype or next(floats, torch.get_default_dtype())
     kwargs |= {"dtype": dtype, "use_safetensors": True, "force_download": False}  # Fetched by now; once is enough.
 
     model_class = model_class or class_named_by(config)
-    skeleton = build_skeleton(model_class, config, trust_remote_code=kwargs.get("trust_remote_code", False))
+    with _blaming_the_config(source, kwargs):
+        _refuse_endless(config, n_tensors=len(stored))
+        skeleton = build_skeleton(model_class, config, trust_remote_code=kwargs.get("trust_remote_code", False))
     names = model_names(skeleton, stored, key_mapping=kwargs.get("key_mapping"))
+    if not kwargs.get("ignore_mismatched_sizes"):
+        refuse_misfits(stored, names, skeleton.state_dict())
     dtype_of = _dtype_plan(skeleton, dtype)
     fused = [name for name, (_, is_converted) in names.items() if is_converted]
-    cast = [name for name, (found, _) in stored.items() if found not in (None, dtype_of(names[name][0]))]
+    cast = [name for name, tensor in stored.items() if tensor.dtype not in (None, dtype_of(names[name][0]))]
     blocks = {f"{name}.{i}" for name, stack in find_stacks(skeleton) for i in range(len(stack))}
     is_drawn = _lacks_some(skeleton, {name for name, _ in names.values()})
     if not blocks or not (fused or cast):
         return MappedModel(model_class.from_pretrained(source, **kwargs), None, is_drawn=is_drawn)
-    _make_room(source, offload_folder, dtype.itemsize * sum(stored[name][1] for name in fused))
+    _make_room(source, offload_folder, dtype.itemsize * sum(stored[name].numel for name in fused))
     kwargs["device_map"] = _blocks_on_disk(skeleton, blocks)
     model = _load_offloaded(model_class, source, folder=offload_folder, kwargs=kwargs)
     kept = frozenset(name for name, _ in model.named_parameters() if dtype_of(name) != dtype)
@@ -139,14 +145,63 @@ def read_config(source: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     skip = ("config", "attn_implementation", "experts_implementation")
     overrides = {name: value for name, value in kwargs.items() if name not in skip}
     config: Any
-    config, _ = AutoConfig.from_pretrained(given or source, return_unused_kwargs=True, **overrides)
+    with _blaming_the_config(source, kwargs):
+        config, _ = AutoConfig.from_pretrained(given or source, return_unused_kwargs=True, **overrides)
+        _check_fields(config)
     return config
+
+
+def _check_fields(config: Any) -> None:
+    """What transformers takes from a config.json unchecked, and we use."""
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`architectures` must be a list of names, got {names!r}")
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise ValueError(f"`dtype` must be the name of a dtype, got {config.dtype!r}")
+    file = getattr(config, "transformers_weights", None)
+    if file is not None and not (isinstance(file, str) and file.endswith((".safetensors", ".safetensors.index.json"))):
+        raise ValueError(f"`transformers_weights` must name a file of safetensors, got {file!r}")
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    kernels = [getattr(part, "_attn_implementation", None) for part in (config, *parts)]
+    if foreign := [name for name in kernels if isinstance(name, str) and "/" in name]:
+        raise ValueError(
+            f"`attn_implementation` {foreign[0]!r} is code from the hub; take it out, and pass it to the loader if "
+            "you trust it"
+        )
+
+
+@contextmanager
+def _blaming_the_config(source: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """What a wrong value in a folder's config.json makes transformers raise, told with the file's name."""
+    try:
+        yield
+    except (ZO2TRLError, ImportError):
+        raise
+    except Exception as error:  # a configuration's own checks, and the arithmetic of any model with odd numbers
+        if not Path(source).is_dir() or kwargs.get("config") is not None or kwargs.get("trust_remote_code"):
+            raise
+        why = f"{type(error).__name__}: {str(error)[:500]}"
+        raise CheckpointError(
+            f"{checkpoint_folder(source, kwargs) / 'config.json'} does not describe a model that transformers "
+            f"{transformers.__version__} can build ({why}). Correct the file, or get it again from where the "
+            "checkpoint came from."
+        ) from error
+
+
+def _refuse_endless(config: PreTrainedConfig, *, n_tensors: int) -> None:
+    """A skeleton takes time and memory for every layer that the configuration names."""
+    n_layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(n_layers, int) and n_layers > MAX_EMPTY_LAYERS + n_tensors:
+        raise CheckpointError(
+            f"`num_hidden_layers` is {str(n_layers)[:40]}, and there are {n_tensors} tensors. The configuration and "
+            "the weights belong to different models."
+        )
 
 
 def class_named_by(config: PreTrainedConfig) -> Any:
     """The model class that the configuration names, else the causal language model class."""
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    if named is not None:
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):  # the name may be of anything in transformers
         return named
     # Remote code: the class lives in the checkpoint's own module, and `auto_map` says behind which front.
     front = "AutoModelForImageTextToText"

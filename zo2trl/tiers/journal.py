@@ -71,7 +71,7 @@ class Journal:
     _history: History
     _sync_every: int
     _read_only: bool
-    _failure: BaseException | None  # what kept an append from its end: the file may hold any part of it
+    _failure: str | None  # what kept an append from its end: the file may hold any part of it
     _settings: bytes  # body of the SETTINGS in force
     _crc: int  # of the last record: the next one starts from it
     _end: int  # byte offset of the next record
@@ -310,8 +310,8 @@ class Journal:
         if self._failure is not None:
             raise StoreError(
                 f"{self.path}: an earlier append failed after {len(self.records)} records, so what the file holds is "
-                f"not known. It was: {self._failure or repr(self._failure)} Cure that, then open the store again."
-            ) from self._failure
+                f"not known. It was: {self._failure} Cure that, then open the store again."
+            )
         blocks, crc = chain(bodies, self._crc)
         end = self._end + len(blocks)
         try:
@@ -321,7 +321,7 @@ class Journal:
             if sync:
                 self._sync(self._fd)
         except BaseException as error:
-            self._failure = error
+            self._failure = f"{type(error).__name__}: {error}"  # not the error, whose traceback would keep files open
             raise
         self._end, self._crc = end, crc
 

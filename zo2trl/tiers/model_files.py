@@ -141,9 +141,11 @@ class ModelFiles:
         model_class = self.transformers_class()
         if model_class is None or not self._fs.exists(self.folder / _CONFIG):
             return None
-        model: Any = self._build(model_class)
-        found = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
         wanted = [(spec.name, spec.shape) for spec in sorted(tensors, key=lambda spec: spec.tensor_id)]
+        model: Any = self._build(model_class, most_layers=len(wanted))
+        if model is None:
+            return None
+        found = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
         state = model.state_dict(keep_vars=True)
         buffers = {name for name, value in state.items() if not isinstance(value, nn.Parameter)}
         if found != wanted or buffers != set(self.buffers()):
@@ -165,12 +167,17 @@ class ModelFiles:
         names = [name for name in self._fs.list_names(self.folder) if name not in _OURS]
         return [name for name in names if inside(self.folder, name, error=StoreCorrupt).is_file()]
 
-    def _build(self, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    def _build(self, model_class: type[PreTrainedModel], *, most_layers: int) -> PreTrainedModel | None:
+        """The model on the meta device; None if it would have more layers than the store has tensors."""
         path = inside(self.folder, _CONFIG, error=StoreCorrupt)
         content = read_json(path, max_bytes=MAX_BYTES, fs=self._fs)
+        if _count_layers(content) > most_layers:  # a billion empty modules take for ever, too
+            return None
         try:
             config_class: Any = model_class.config_class
             config = config_class.from_dict(config_class._decode_special_floats(content))
+            if config.model_type != config_class.model_type:  # what is saved is looked up by this name
+                raise ValueError(f"`model_type` is {config.model_type!r} instead of {config_class.model_type!r}")
             config._attn_implementation = "eager"  # others may be looked up on the hub; nothing is computed here
             model = build_skeleton(model_class, config)
             generation = inside(self.folder, _GENERATION, error=StoreCorrupt)
@@ -180,9 +187,9 @@ class ModelFiles:
         except StoreCorrupt:
             raise
         except Exception as error:  # whatever a configuration's own checks raise
+            why = f"{type(error).__name__}: {str(error)[:500]}"
             raise StoreCorrupt(
-                f"{path} does not configure a {self.class_name} ({type(error).__name__}: {error}). Restore it from a "
-                "copy."
+                f"{path} does not configure a {self.class_name} ({why}). Restore it from a copy."
             ) from error
         return model
 
@@ -279,6 +286,14 @@ def _read_adapters(table: Mapping[str, JSON], folder: Path) -> _Adapters:
             raise StoreCorrupt(f"{folder / _CLASS}: the adapter {place!r} is not a table of names. Restore the file.")
         adapters[place] = names  # type: ignore[assignment]
     return adapters
+
+
+def _count_layers(content: JSON) -> int:
+    """The largest number of layers that a configuration, or one in it, speaks of."""
+    if not isinstance(content, dict):
+        return 0
+    named = (value for key, value in content.items() if "layer" in key and isinstance(value, int))
+    return max([0, *named, *map(_count_layers, content.values())])
 
 
 # -- how a checkpoint's names were changed on the way into the model

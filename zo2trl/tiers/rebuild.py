@@ -40,6 +40,10 @@ _PAUSE_S = 0.1
 _RECORDS_AT_ONCE = 64
 
 
+_Place = np.ndarray | Path | None
+"""Where a unit's bytes at the position are: in a version's map, in a scratch file, or (None) in the base weights."""
+
+
 class BaseSource(Protocol):
     """The weights that a run began with."""
 
@@ -100,22 +104,35 @@ class Rebuild:
         self._largest = max(replayed, default=0)
         return sum(replayed)
 
-    def tensors(self, unit: Unit) -> dict[str, torch.Tensor]:
-        """A unit's tensors by name, each with a storage of its own, mapped from a file.
+    def tensors(self, units: Sequence[Unit]) -> dict[str, torch.Tensor]:
+        """The units' tensors by name, each with a storage of its own, mapped from files.
 
         Raises:
             StoreCorrupt: nothing sound leads there; says what was tried.
         """
+        # First all the work, then what stays: objects that outlive the work would leave holes in the memory it used.
+        places = [self._made(unit) for unit in units]
+        tensors: dict[str, torch.Tensor] = {}
+        for unit, place in zip(units, places, strict=True):
+            if place is None:
+                tensors |= {spec.name: self._base.tensor(spec).detach() for spec in unit.tensors}
+                continue
+            buffer = torch.from_numpy(self._fs.map(place) if isinstance(place, Path) else place)
+            tensors |= {spec.name: tensor_view(buffer, spec) for spec in unit.tensors}
+        return tensors
+
+    def _made(self, unit: Unit) -> _Place:
+        """See to it that a unit's bytes are somewhere."""
         problems: list[ZO2TRLError] = []
         for start in self._starts(unit):
             try:
-                tensors = self._from(unit, start)
+                place = self._from(unit, start)
             except ZO2TRLError as problem:
                 problems.append(problem)
                 continue
             for problem in problems:
                 logger.warning("%s. Its weights were rebuilt from what is older instead.", str(problem).split(". ")[0])
-            return tensors
+            return place
         if problems:
             raise problems[0]
         raise StoreForeign(
@@ -170,24 +187,24 @@ class Rebuild:
 
     # -- from there on
 
-    def _from(self, unit: Unit, start: UnitRecord | None) -> dict[str, torch.Tensor]:
+    def _from(self, unit: Unit, start: UnitRecord | None) -> _Place:
         pending = self._pending(unit, start)
-        if start is not None:
-            found = self._checked(unit, start)
-            self._advance(unit, unit.n_bytes)
-            if not pending:
-                buffer = torch.from_numpy(found)
-                return {spec.name: tensor_view(buffer, spec) for spec in unit.tensors}
-            data = self._workspace(unit).copy_(torch.from_numpy(found))
-        elif not pending:
-            tensors = {spec.name: self._from_base(spec) for spec in unit.tensors}
-            self._advance(unit, unit.n_bytes)
-            return tensors
-        else:
+        if start is None:
+            values = {spec: self._from_base(spec) for spec in unit.tensors}
+            is_cast = any(value.data_ptr() != self._base.tensor(spec).data_ptr() for spec, value in values.items())
+            if not (pending or is_cast):
+                self._advance(unit, unit.n_bytes)
+                return None
             data = self._workspace(unit).zero_()
-            for spec in unit.tensors:
-                carve(data, spec).copy_(self._from_base(spec))
-            self._advance(unit, unit.n_bytes)
+            for spec, value in values.items():
+                carve(data, spec).copy_(value)
+        else:
+            found = self._checked(unit, start)
+            if not pending:
+                self._advance(unit, unit.n_bytes)
+                return found
+            data = self._workspace(unit).copy_(torch.from_numpy(found))
+        self._advance(unit, unit.n_bytes)
         self._replay(unit, data, pending)
         return self._to_scratch(unit, data)
 
@@ -235,15 +252,14 @@ class Rebuild:
             self._rule.replay(data, spans, some)
             self._advance(unit, unit.n_bytes * len(some))
 
-    def _to_scratch(self, unit: Unit, data: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _to_scratch(self, unit: Unit, data: torch.Tensor) -> Path:
         path = self._scratch / f"unit-{unit.index}"
         fd = self._fs.create(path, unit.n_bytes)
         try:
             self._fs.write_at(fd, host_bytes(data), 0)
         finally:
             self._fs.close(fd)
-        buffer = torch.from_numpy(self._fs.map(path))
-        return {spec.name: tensor_view(buffer, spec) for spec in unit.tensors}
+        return path
 
     def _advance(self, unit: Unit, n_bytes: int) -> None:
         self._done = min(self._done + n_bytes, self._total)

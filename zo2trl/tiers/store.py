@@ -137,6 +137,7 @@ class TieredStore:
 
     @uninterrupted
     def _borrow(self, point: VisitPoint, fetches: list[tuple[Fetch, Future | None]]) -> list[torch.Tensor]:
+        self._refuse_if_spoiled()
         return [
             self._resident(segment) if self.homes.is_resident(segment) else self._fetch(segment, fetches)
             for segment in point.segments
@@ -312,8 +313,12 @@ class TieredStore:
 
     def _resident(self, segment: Segment) -> torch.Tensor:
         weights, records = self.homes.weights(segment), self.records
-        if catch_up(weights, segment, records, position=self.homes.position(segment), rule=self.rule):
-            self.homes.absorbed(segment, len(records))
+        try:
+            if catch_up(weights, segment, records, position=self.homes.position(segment), rule=self.rule):
+                self.homes.absorbed(segment, len(records))
+        except BaseException as error:
+            self.homes.spoiled = f"unit {segment.unit.name} was being brought up to date ({error})"
+            raise
         return weights
 
     def _fetch(self, segment: Segment, fetches: list[tuple[Fetch, Future | None]]) -> torch.Tensor:
@@ -348,7 +353,15 @@ class TieredStore:
         every = self._rhythm.write_back[tier]
         return self._eager or self._rhythm.is_turn(unit, every=every, position=len(self.records))
 
+    def _refuse_if_spoiled(self) -> None:
+        if self.homes.spoiled is not None:
+            raise StoreError(
+                f"An error struck in {self.journal.path.parent} while {self.homes.spoiled}, so what memory holds is "
+                "not known. What is on disk is sound: make a new trainer and pass `resume_from_checkpoint=True`."
+            )
+
     def _refuse_if_read_only(self, what: str) -> None:
+        self._refuse_if_spoiled()
         if self.homes.read_only:
             raise StoreError(f"{self.journal.path.parent} is open for reading only: cannot {what}.")
 

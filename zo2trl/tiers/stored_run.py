@@ -19,7 +19,7 @@ from zo2trl.tiers.journal import JSON, Journal
 from zo2trl.tiers.layout import Layout
 from zo2trl.tiers.layout_file import StoredLayout, base_digest, read_layout
 from zo2trl.tiers.unit_files import UnitFiles
-from zo2trl.zo.mezo import MezoNoise
+from zo2trl.zo.mezo import MezoNoise, device_kind
 from zo2trl.zo.noise import Gaussian, Noise, Rademacher
 from zo2trl.zo.records import Record
 from zo2trl.zo.rules import Rounding, UpdateAlong, UpdateRule
@@ -158,7 +158,7 @@ def _noise_of(run: StoredRun, device: torch.device) -> Noise:
             return kind()
     layout = Layout(units=run.stored.units, points=(), stack_ends=frozenset(), leaf_blocks=frozenset())
     tensors = [(spec.tensor_id, spec.numel) for spec in layout.trainable_tensors()]
-    mezo = MezoNoise(tensors, device_kind=_device_kind(device))
+    mezo = MezoNoise(tensors, device_kind=device_kind(device))
     if identity == mezo.identity:
         return mezo
     if identity.split("/")[0] == mezo.identity.split("/")[0]:
@@ -167,13 +167,6 @@ def _noise_of(run: StoredRun, device: torch.device) -> Noise:
             f"({mezo.identity!r}). Use `--device {run.header.get('device')}` on the kind of machine that made it."
         )
     raise _unknown(run, "noise")
-
-
-def _device_kind(device: torch.device) -> str:
-    if device.type != "cuda":
-        return device.type
-    found = torch.cuda.get_device_properties(device)
-    return f"cuda/{found.multi_processor_count}x{found.max_threads_per_multi_processor}"
 
 
 def _unknown(run: StoredRun, name: str) -> StoreForeign:

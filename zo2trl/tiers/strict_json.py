@@ -21,6 +21,7 @@ __all__ = ["JSON", "Fields", "parse_json", "read_json", "write_json"]
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 MAX_DEPTH = 100
+MAX_SHOWN = 400  # characters of what a message says, which may quote a value
 _CURE = "Restore the file from a copy."
 _PIECE_BYTES = 1 << 17
 _STEPS = np.zeros(256, np.int64)
@@ -72,7 +73,7 @@ def parse_json(text: str, *, where: str, error: type[ZO2TRLError] = StoreCorrupt
 
 def write_json(path: Path, value: Any, *, fs: FS = LOCAL) -> None:
     """Replace the document in `path`, durably and at once."""
-    fs.write_text_atomically(path, json.dumps(value, sort_keys=True, allow_nan=False, indent=1) + "\n")
+    fs.write_text_atomically(path, json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n")
 
 
 class Fields:
@@ -86,7 +87,8 @@ class Fields:
 
     def refuse(self, name: str, why: str) -> ZO2TRLError:
         """The error for a field, to be raised by the caller."""
-        return self._error(f"{self.where}: field `{name}`: {why}. {_CURE}")
+        shown = why if len(why) <= MAX_SHOWN else f"{why[:MAX_SHOWN]} ..."
+        return self._error(f"{self.where}: field `{name}`: {shown}. {_CURE}")
 
     def text(self, name: str, *, optional: bool = False) -> Any:
         """A string; None if it is optional and missing or null."""

@@ -44,6 +44,7 @@ class Draft:
     path: Path
     fd: int | None
     crcs: dict[int, int] = field(default_factory=dict)  # tensor id -> CRC32 of its padded bytes
+    may_count: bool = False  # its record was handed to the journal: after an error nobody knows whether it is there
 
     def lacks(self) -> list[TensorSpec]:
         """Tensors that were not written yet."""
@@ -68,7 +69,7 @@ class UnitFiles:
         self.founding = []
         self._commit = self.founding.append
         self._journal: Journal | None = None
-        self._failure: StoreError | None = None
+        self._failure: str | None = None
 
     def attach(self, journal: Journal, units: Sequence[Unit]) -> None:
         """From here on a version counts when its record is in `journal`; those that are there count already."""
@@ -96,6 +97,7 @@ class UnitFiles:
 
     def create(self, unit: Unit, *, position: int) -> Draft:
         """Reserve room for a new version. Raises `StoreError` with both byte counts if the disk is full."""
+        self._refuse_second_try()
         same = [record.edition for record in self.versions(unit) if record.position == position]
         edition = max(same, default=-1) + 1
         path = self.folder / file_name(unit, position=position, edition=edition)
@@ -114,9 +116,10 @@ class UnitFiles:
 
     def publish(self, draft: Draft, *, is_origin: bool = False) -> UnitRecord:
         """Make a complete draft durable, then valid, then remove the version it replaces."""
-        with self._no_second_try():
+        with self._no_second_try([draft]):
             record = self._seal(draft, is_origin=is_origin)
             self._fs.sync_folder(self.folder)
+            draft.may_count = True
             self._commit(record)
         self._replace(draft.unit, record)
         return record
@@ -124,10 +127,11 @@ class UnitFiles:
     def publish_together(self, drafts: Sequence[Draft]) -> list[UnitRecord]:
         """Make several units' drafts origins at once: after a crash all of them count, or none."""
         assert self._journal is not None, "a store is founded unit by unit"
-        with self._no_second_try():
+        with self._no_second_try(drafts):
             records = [self._seal(draft, is_origin=True) for draft in drafts]
             self._fs.sync_folder(self.folder)
-            for record in records:
+            for draft, record in zip(drafts, records, strict=True):
+                draft.may_count = True
                 self._commit(record)
             self._journal.append_mark(MarkKind.CHANGED, step=0)
         for draft, record in zip(drafts, records, strict=True):
@@ -135,18 +139,24 @@ class UnitFiles:
         return records
 
     @contextmanager
-    def _no_second_try(self) -> Iterator[None]:
+    def _no_second_try(self, drafts: Sequence[Draft]) -> Iterator[None]:
         """A sync that failed has forgotten what it should have written: nothing is published after it."""
+        try:
+            self._refuse_second_try()
+            yield
+        except BaseException as error:
+            if self._failure is None and isinstance(error, StoreError):
+                self._failure = str(error)  # not the error, whose traceback would keep files open
+            for draft in drafts:
+                self._close(draft)
+            raise
+
+    def _refuse_second_try(self) -> None:
         if self._failure is not None:
             raise StoreError(
-                f"{self.folder}: nothing is written any more since a sync failed ({self._failure}). Cure the cause, "
-                "then open the store again: the journal has every step."
-            ) from self._failure
-        try:
-            yield
-        except StoreError as error:
-            self._failure = error
-            raise
+                f"{self.folder}: nothing is written any more since this failed: {self._failure} Cure the cause, then "
+                "open the store again: the journal has every step."
+            )
 
     def _seal(self, draft: Draft, *, is_origin: bool) -> UnitRecord:
         assert not draft.lacks(), "a version is published whole"
@@ -171,9 +181,10 @@ class UnitFiles:
             self._fs.unlink(self.path(unit, old), missing_ok=True)
 
     def discard(self, draft: Draft) -> None:
-        """Give a draft's room back."""
+        """Give a draft's room back; a file that may count is left to the next opening's judgement."""
         self._close(draft)
-        self._fs.unlink(draft.path, missing_ok=True)
+        if not draft.may_count:
+            self._fs.unlink(draft.path, missing_ok=True)
 
     def _close(self, draft: Draft) -> None:
         fd, draft.fd = draft.fd, None

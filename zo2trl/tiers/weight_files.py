@@ -4,11 +4,10 @@ Does not: read weights, build models, run pickles.
 Invariant: no file is opened whose name leads out of the folder; a hub cache's blobs count as inside.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,12 +15,12 @@ from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from zo2trl.errors import CheckpointError
-from zo2trl.tiers.fs import LOCAL
 from zo2trl.tiers.paths import inside
+from zo2trl.tiers.strict_json import Fields, read_json
 
 __all__ = [
-    "checkpoint_folder", "hub_arguments", "indexed_files", "read_headers", "read_index", "trusted_file",
-    "weight_files",
+    "StoredTensor", "checkpoint_folder", "hub_arguments", "indexed_files", "read_headers", "read_index",
+    "refuse_misfits", "trusted_file", "weight_files",
 ]  # fmt: skip
 
 # An index has one line per tensor; the largest published ones stay under 20 MB.
@@ -40,16 +39,19 @@ def trusted_file(folder: Path, name: str) -> Path:
 def read_index(path: Path) -> list[str]:
     """The file names in a ``*.index.json``, sorted, each checked to stay in the folder; none of them is opened."""
     try:
-        index = json.loads(LOCAL.read_text(path, max_bytes=MAX_INDEX_BYTES))
-        names = sorted(set(index["weight_map"].values()))
-        dict(index["metadata"])
-        if not names or not all(isinstance(name, str) for name in names):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        index = Fields(
+            read_json(path, max_bytes=MAX_INDEX_BYTES, error=CheckpointError), str(path), error=CheckpointError
+        )
+        index.table("metadata")
+        found = list(index.table("weight_map").values())
+        if not found or not all(isinstance(name, str) for name in found):
+            raise index.refuse("weight_map", "it does not give every tensor the name of a file")
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{path} is not an index of weights: it needs `metadata` and a `weight_map` from tensor names to file "
-            "names. Restore it from where the checkpoint came from."
+            f"{path} is not an index of weights, which has `metadata` and a `weight_map` from tensor names to file "
+            f"names. {error}"
         ) from error
+    names = sorted(set(found))
     for name in names:
         trusted_file(path.parent, name)
     return names
@@ -110,17 +112,51 @@ def _hub_files(source: str, candidates: list[str], kwargs: Mapping[str, Any]) ->
     )
 
 
-def read_headers(files: Iterable[Path]) -> dict[str, tuple[torch.dtype | None, int]]:
-    """Name -> (dtype, elements) of every tensor in the files; the dtype is None unless it is a floating one."""
-    found: dict[str, tuple[torch.dtype | None, int]] = {}
+class StoredTensor(NamedTuple):
+    """What a header says of a tensor; the dtype is None unless it is a floating one that can be trained."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every tensor in the files, by name."""
+    found: dict[str, StoredTensor] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no dict
                     tensor = opened.get_slice(name)
-                    found[name] = _FLOAT_DTYPES.get(tensor.get_dtype()), math.prod(tensor.get_shape())
+                    dtype = _FLOAT_DTYPES.get(tensor.get_dtype())
+                    found[name] = StoredTensor(dtype, tuple(tensor.get_shape()))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file} is not a whole safetensors file ({error}). Fetch it again from where it came from."
             ) from error
     return found
+
+
+def refuse_misfits(
+    stored: Mapping[str, StoredTensor], names: Mapping[str, tuple[str, bool]], expected: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse tensors that the model cannot take; `names` says which of its own they are, and which are converted."""
+    for name, tensor in stored.items():
+        wanted, is_converted = names[name]
+        value = expected.get(wanted)
+        if value is None or is_converted:
+            continue
+        if tensor.shape != tuple(value.shape):
+            raise CheckpointError(
+                f"{name} has shape {list(tensor.shape)} in the checkpoint and {list(value.shape)} in the model. The "
+                "configuration and the weights belong to different models."
+            )
+        if value.is_floating_point() and tensor.dtype is None:
+            raise CheckpointError(
+                f"{name} does not hold floating-point numbers of 16, 32 or 64 bits. Load the original, unquantised "
+                "checkpoint."
+            )

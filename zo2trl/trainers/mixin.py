@@ -12,7 +12,7 @@ import math
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -31,7 +31,7 @@ from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
 from zo2trl.engine.precision import fp32_heads
 from zo2trl.engine.runs import Mode
 from zo2trl.engine.step import Engine
-from zo2trl.errors import ConfigError
+from zo2trl.errors import ConfigError, StoreError
 from zo2trl.tiers.ingest import load_mapped
 from zo2trl.tiers.machine import resolve_budgets
 from zo2trl.trainers.arguments import ZOArguments, convert_arguments
@@ -39,7 +39,7 @@ from zo2trl.trainers.data_checks import check_dataset, check_labels
 from zo2trl.trainers.evaluation import EvaluationMarch
 from zo2trl.trainers.metrics import StepMetrics, count_tokens
 from zo2trl.trainers.optimizer import ZOOptimizer
-from zo2trl.trainers.replaying import estimate_of
+from zo2trl.trainers.replaying import Replay, estimate_of, refuse_changed_weights
 from zo2trl.trainers.resuming import ResumingMixin, save_processing_class
 from zo2trl.trainers.scaling import LossScaling
 from zo2trl.trainers.signals import stopping_on_signals
@@ -114,8 +114,10 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         logger.info(engine.store.summary())
 
     def _continue_run(self) -> None:
-        is_open_on_it = self._engine is not None and self._engine.store.is_open and self._engine.store.records
-        if not is_open_on_it or self._engine.model is not self.model:  # type: ignore[union-attr]
+        engine = self._engine
+        is_open = engine is not None and engine.model is self.model and engine.store.is_open
+        # Gone back to the best model, it is not where the run is.
+        if not is_open or not engine.store.records or engine.store.records is not engine.store.journal.records:  # type: ignore[union-attr]
             self._open_engine("continue")
 
     def close(self) -> None:
@@ -243,26 +245,27 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         self._step_offset = self._replay = self._resumes_at = None
         self._begins_a_training = not resume_from_checkpoint
         self._randomness.start(None)
-        point = self._find_resume_point(resume_from_checkpoint)
         self._close_if_choices_changed()
         with stopping_on_signals():
-            if point is not None:
-                self._resume_at(point)
-            folder = str(point.folder) if point is not None and point.folder is not None else None
+            if resume_from_checkpoint:
+                self._resume(resume_from_checkpoint)
+            started_from = None if self._resumes_at is None else self._resumes_at.folder
+            folder = None if started_from is None else str(started_from)
+            evaluates_first = self.args.eval_on_start
+            self.args.eval_on_start = evaluates_first and folder is None  # a checkpoint is no start
             try:
                 result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
                 self._refuse_steps_left()
                 return result
             except SystemExit:  # SIGTERM: everything is in the journal
-                self._end_now()
+                if self._engine is not None:
+                    with suppress(StoreError):  # a version that was not written: an older one is there
+                        self._engine.shutdown(flush=False)
                 raise
             finally:  # also after Ctrl-C: what the user looks at next should not be a few steps old
+                self.args.eval_on_start = evaluates_first
                 if self._engine is not None:
                     self._engine.flush()
-
-    def _end_now(self) -> None:
-        if self._engine is not None:
-            self._engine.shutdown(flush=False)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Collect micro-batches until gradients would sync, then estimate the slope from all of them in one march."""
@@ -274,8 +277,8 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         # The root says "training" to loss and metric code; everything below runs without dropout, as MeZO does.
         model.eval()
         model.training = True
-        if self.is_replaying:
-            return self._replay_step()
+        if self._replay is not None and not self._replay.is_over:
+            return self._replay_step(self._replay)
         self._replay = None
         engine = self.engine
         step_offset = self._prepare_step(model, batches)
@@ -297,11 +300,11 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         )  # fmt: skip
         return torch.tensor(estimate.loss, device=self.args.device)
 
-    def _replay_step(self) -> torch.Tensor:
-        assert self._replay is not None
-        self._estimate = estimate_of(self._replay.record)
+    def _replay_step(self, replay: Replay) -> torch.Tensor:
+        refuse_changed_weights(self.engine, global_step=self.state.global_step)
+        self._estimate = estimate_of(replay.record)
         self._grads = self._estimate.projected_grads
-        measured = self._replay.measured()
+        measured = replay.measured()
         if measured is not None:
             self._measured_before(measured)
         return torch.tensor(self._estimate.loss, device=self.args.device)
@@ -349,8 +352,7 @@ class ZOTrainerMixin(ResumingMixin, _Base):
 
     def _commit(self, *, learning_rate: float) -> None:
         self._step_metrics.add(self._estimate)
-        if self.is_replaying:
-            assert self._replay is not None
+        if self._replay is not None:
             self._replay.advance(learning_rate=learning_rate)
             return
         store = self.engine.store

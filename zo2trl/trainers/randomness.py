@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from zo2trl.trainers.checkpoint import rng_state, set_rng_state
+from zo2trl.trainers.states import rng_state, set_rng_state
 
 __all__ = ["RandomnessKeeper"]
 

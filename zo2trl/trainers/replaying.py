@@ -7,9 +7,11 @@ Invariant: a replayed step is compared with what the trainer would have done; an
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
 
 from zo2trl.engine.step import Engine
 from zo2trl.errors import CheckpointError, ConfigError
@@ -17,7 +19,10 @@ from zo2trl.tiers.journal import MarkKind
 from zo2trl.zo.estimators import Estimate
 from zo2trl.zo.records import Record, StepRecord
 
-__all__ = ["Replay", "ResumePoint", "estimate_of", "locate"]
+__all__ = [
+    "Replay", "ResumePoint", "can_start_over", "estimate_of", "locate", "note_origin", "refuse_changed_weights",
+    "refuse_other_rates", "refuse_other_training",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,9 @@ def locate(point: ResumePoint, engine: Engine) -> ResumePoint:
     """
     journal, store = engine.store.journal, engine.store
     if point.folder is not None:
+        origin = store.logbook.get("continues", 0)
+        if origin == [point.store_id, point.fingerprint, point.position]:
+            return replace(point, position=0)  # its weights are what this run began with
         if point.store_id != journal.header["store"]:
             raise CheckpointError(
                 f"{point.folder} belongs to run {point.store_id[:8]}, and {journal.path.parent} holds run "
@@ -60,8 +68,8 @@ def locate(point: ResumePoint, engine: Engine) -> ResumePoint:
                 "a checkpoint saved after that."
             )
         return point
-    started = [mark for mark in journal.marks if mark.kind == MarkKind.STARTED]
-    if started:
+    if can_start_over(engine):
+        started = [mark for mark in journal.marks if mark.kind == MarkKind.STARTED]
         return ResumePoint(position=started[-1].position, step_offset=started[-1].step)
     if store.records:
         raise CheckpointError(
@@ -69,6 +77,59 @@ def locate(point: ResumePoint, engine: Engine) -> ResumePoint:
             "that training to start from. Pass one as `resume_from_checkpoint`."
         )
     return ResumePoint()
+
+
+def can_start_over(engine: Engine) -> bool:
+    """Whether the trainer's loop can go through all steps of its training, without a checkpoint."""
+    return any(mark.kind == MarkKind.STARTED for mark in engine.store.journal.marks)
+
+
+def note_origin(point: ResumePoint, engine: Engine) -> None:
+    """A run begins on a checkpoint's weights: its loop may start there again."""
+    value = [point.store_id, point.fingerprint, point.position]
+    engine.store.logbook.put("continues", 0, value, sync=True)
+
+
+def refuse_other_training(point: ResumePoint, engine: Engine) -> None:
+    """Raise `CheckpointError` if a located checkpoint lies before the last call of `train` began."""
+    started = [mark for mark in engine.store.journal.marks if mark.kind == MarkKind.STARTED]
+    if started and (point.position < started[-1].position or point.step_offset != started[-1].step):
+        raise CheckpointError(f"{point.folder} belongs to an earlier call of `train`; a later one has begun since.")
+
+
+def refuse_other_rates(point: ResumePoint, engine: Engine, *, scheduler: Any) -> None:
+    """Compare the schedule with the learning rates of the journaled steps before a checkpoint, which nobody repeats.
+
+    Raises:
+        ConfigError: a step was made at another rate than the schedule gives now.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return
+    rate, shape = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
+    for record in engine.store.records[: point.position]:
+        step = record.step - point.step_offset
+        if step >= 0 and isinstance(record, StepRecord):
+            _refuse_other_rate(record, float(rate * shape(step)))
+
+
+def _refuse_other_rate(record: StepRecord, learning_rate: float) -> None:
+    if record.learning_rate != learning_rate:
+        raise ConfigError(
+            f"Step {record.step} was made at learning rate {record.learning_rate!r}, and would now be made at "
+            f"{learning_rate!r}: `learning_rate`, the schedule, `max_steps` or `warmup_steps` have changed. Resume "
+            "with the arguments of the run, or export the weights of a checkpoint (`zo2trl export`) and start a new "
+            "run from them."
+        )
+
+
+def refuse_changed_weights(engine: Engine, *, global_step: int) -> None:
+    """Raise `ConfigError` if somebody wrote into parameters while steps are gone through that did so before."""
+    if engine.binding.adopt_changes():
+        engine.shutdown(flush=False)
+        raise ConfigError(
+            f"A callback changed weights around step {global_step}, which is gone through again: they were changed "
+            "already. Let it ask `trainer.is_replaying` first."
+        )
 
 
 def estimate_of(record: Record) -> Estimate:
@@ -108,14 +169,8 @@ class Replay:
         Raises:
             ConfigError: it would have made it at another learning rate.
         """
-        record = self.record
-        if isinstance(record, StepRecord) and record.learning_rate != learning_rate:
-            raise ConfigError(
-                f"Step {record.step} was made at learning rate {record.learning_rate!r}, and would now be made at "
-                f"{learning_rate!r}: `learning_rate`, the schedule, `max_steps` or `warmup_steps` have changed. "
-                "Resume with the arguments of the run, or export the weights of a checkpoint (`zo2trl export`) and "
-                "start a new run from them."
-            )
+        if isinstance(record := self.record, StepRecord):
+            _refuse_other_rate(record, learning_rate)
         self.position += 1
 
     def measured(self) -> Any:
@@ -125,6 +180,12 @@ class Replay:
     def evaluation(self, name: str) -> dict[str, float] | None:
         """Metrics of an evaluation made after the step gone through last, or None if there was none."""
         return self._store.logbook.get("evaluation", self.position, name=name)
+
+    @property
+    def ends_changed(self) -> bool:
+        """Whether weights were changed from outside after the last step: what did that must not do it again."""
+        marks = self._store.journal.marks
+        return any(mark.kind == MarkKind.CHANGED and mark.position == self._end for mark in marks)
 
     def was_marked(self, kind: MarkKind) -> bool:
         """Whether something was closed after the step gone through last."""

@@ -5,21 +5,18 @@ Does not: know how a step is made. It overrides what the Trainer does around one
 A checkpoint is the Trainer's own state and a pointer into the journal. Resuming runs the Trainer's own loop from the
 last checkpoint (else from the start), takes losses from the journal until its end, and goes on from there.
 
-Invariants:
-- No pickle is read, and none is left behind.
-- Evaluations consume none of the global random numbers, so that data comes in the same order without them.
+Invariant: no pickle is read, and none is left behind.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from zo2trl.engine.opening import has_run
 from zo2trl.engine.step import Engine
@@ -28,10 +25,26 @@ from zo2trl.tiers.ingest import load_mapped
 from zo2trl.tiers.journal import MarkKind
 from zo2trl.tiers.tier import Source
 from zo2trl.trainers import checkpoint
-from zo2trl.trainers.data_checks import global_random_state_kept
 from zo2trl.trainers.metrics import StepMetrics
-from zo2trl.trainers.randomness import RandomnessKeeper
-from zo2trl.trainers.replaying import Replay, ResumePoint, locate
+from zo2trl.trainers.recording import RecordingMixin
+from zo2trl.trainers.replaying import (
+    Replay,
+    ResumePoint,
+    can_start_over,
+    locate,
+    note_origin,
+    refuse_other_rates,
+    refuse_other_training,
+)
+from zo2trl.trainers.states import (
+    RNG_NAME,
+    read_rng,
+    read_schedule,
+    rng_state,
+    set_rng_state,
+    write_rng,
+    write_schedule,
+)
 
 __all__ = ["ResumingMixin", "save_processing_class"]
 
@@ -43,80 +56,93 @@ _CURE = "Pass its folder as `model` to begin a run from its weights."
 WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")
 
 
-class ResumingMixin(_Base):
+class ResumingMixin(RecordingMixin, _Base):
     """The part of `ZOTrainerMixin` that makes a run survive."""
 
     args: Any
     model: Any
 
     engine: Engine
-    _replay: Replay | None = None
     _resumes_at: ResumePoint | None = None
     _takes_weights_from_checkpoint = False
     _saves_checkpoint = False
+    _begins_a_training: bool
+    _random_state_of_epoch: Any = None
     _step_offset: int | None
     _step_metrics: StepMetrics
     _base_path: str | None
 
-    @property
-    def is_replaying(self) -> bool:
-        """True while `train` goes through steps that the journal holds already: the model is ahead of the loop."""
-        return self._replay is not None and not self._replay.is_over
-
     # -- where to start
 
-    def _find_resume_point(self, wanted: bool | str | None) -> ResumePoint | None:
-        """What `resume_from_checkpoint` asks for: nothing, the last whole checkpoint (else the start), or a folder."""
-        if not wanted:
-            return None
-        output_dir = Path(self.args.output_dir)
-        if wanted is not True:
-            return self._point_of(Path(wanted))
-        last, skipped = checkpoint.last_valid_checkpoint(output_dir)
-        for reason in skipped:
-            logger.warning("A checkpoint is passed over: %s", reason)
-        if last is not None:
-            return self._point_of(last)
-        if not has_run(Path(self.args.store_dir)):
-            raise ConfigError(
-                f"`resume_from_checkpoint` found nothing to resume from: no checkpoint in {output_dir}, and no run in "
-                f"the store {self.args.store_dir}. Leave it out to begin a run."
-            )
-        return ResumePoint()
-
-    def _point_of(self, folder: Path) -> ResumePoint:
-        found = checkpoint.read_checkpoint(folder)
-        return ResumePoint(
-            folder=folder, store_id=found.store_id, fingerprint=found.fingerprint, position=found.position,
-            step_offset=found.step_offset,
-        )  # fmt: skip
-
-    def _resume_at(self, point: ResumePoint) -> None:
+    def _resume(self, wanted: bool | str) -> None:
         """Bring the weights to the journal's end, and have the loop go through the steps up to there."""
         self._takes_weights_from_checkpoint = False
-        if not has_run(Path(self.args.store_dir)) and point.folder is not None:
-            if not any(any(point.folder.glob(pattern)) for pattern in WEIGHTS):
-                raise CheckpointError(
-                    f"{point.folder} holds no weights, and the store {self.args.store_dir} that it points into holds "
-                    "no run. Set `store_dir` to where that run's store is."
-                )
-            self._takes_weights_from_checkpoint = True
-            self._step_offset = point.step_offset
-            self._resumes_at = point
+        folder = Path(wanted) if isinstance(wanted, str) else None
+        if not has_run(Path(self.args.store_dir)):
+            self._resume_from_weights(folder)
             return
         self._continue_run()
-        self._resumes_at = point = locate(point, self.engine)
-        self._step_offset = point.step_offset
+        point = self._last_point() if folder is None else locate(self._point_of(folder), self.engine)
+        if point.folder is not None and not has_length(self.train_dataset) and can_start_over(self.engine):
+            # The Trainer cannot find its place in a stream again; going through all of it is what skipping costs, too.
+            point = locate(ResumePoint(), self.engine)
+        self._begins_a_training = point.folder is None and not can_start_over(self.engine)
         self._replay = Replay(self.engine, point)
+        self._start_at(point)
         logger.info(
             "Resuming from %s: %d steps are taken from the journal.", point.folder or "the start", self._replay.n_left
         )
+
+    def _last_point(self) -> ResumePoint:
+        """The last whole checkpoint of this training, else its start."""
+
+        def accept(found: checkpoint.Checkpoint) -> None:
+            refuse_other_training(locate(_point(found), self.engine), self.engine)
+
+        last, skipped = checkpoint.last_valid_checkpoint(Path(self.args.output_dir), accept=accept)
+        for reason in skipped:
+            logger.warning("A checkpoint is passed over: %s", reason)
+        return locate(ResumePoint() if last is None else self._point_of(last), self.engine)
+
+    def _resume_from_weights(self, folder: Path | None) -> None:
+        """The store is gone: begin another from the weights in a checkpoint, if it has any."""
+        if folder is None:
+            folder, _ = checkpoint.last_valid_checkpoint(Path(self.args.output_dir))
+        if folder is None:
+            raise ConfigError(
+                f"`resume_from_checkpoint` found nothing to resume from: no checkpoint in {self.args.output_dir}, and "
+                f"no run in the store {self.args.store_dir}. Leave it out to begin a run."
+            )
+        point = self._point_of(folder)
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+            raise CheckpointError(
+                f"{folder} holds no weights, and the store {self.args.store_dir} that it points into holds no run. "
+                "Set `store_dir` to where that run's store is."
+            )
+        self._takes_weights_from_checkpoint = True
+        self._start_at(point)
+
+    def _start_at(self, point: ResumePoint) -> None:
+        self._resumes_at, self._step_offset = point, point.step_offset
+        if point.folder is not None:
+            read_rng(point.folder / RNG_NAME)  # samplers take their seed from it when they are made
+            self._randomness.start(checkpoint.read_checkpoint(point.folder).counters["data"])
+        else:
+            self._restore_random_state_at_start()
+
+    def _point_of(self, folder: Path) -> ResumePoint:
+        return _point(checkpoint.read_checkpoint(folder))
 
     def _continue_run(self) -> None:
         """Open the engine on the run in the folder, unless it is open on it."""
         raise NotImplementedError
 
     def _refuse_steps_left(self) -> None:
+        if self._resumes_at is not None and self.state.global_step > self.state.max_steps:
+            raise ConfigError(
+                f"`max_steps` is {self.state.max_steps}, but the checkpoint was saved at step "
+                f"{self.state.global_step}. Raise it, or take earlier weights with `zo2trl export --step`."
+            )
         if self._replay is not None and not self._replay.is_over:
             raise ConfigError(
                 f"Training ended at step {self.state.global_step}, but the journal holds {self._replay.n_left} more "
@@ -128,21 +154,60 @@ class ResumingMixin(_Base):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
-        if self._resumes_at is None:
-            self._random_state_at_start = checkpoint.rng_state()
-        elif self._resumes_at.folder is None and self._replay is not None:
-            state = self.engine.store.logbook.get("started", self._resumes_at.position)
-            if state is not None:
-                checkpoint.set_rng_state(state, where=self.engine.store.logbook.path)
+        if self._begins_a_training:
+            self._random_state_at_start = rng_state()
+        elif self._resumes_at is not None and self._resumes_at.folder is None:
+            self._restore_random_state_at_start()
         return prepared
 
+    def _restore_random_state_at_start(self) -> None:
+        assert self._resumes_at is not None
+        book = self.engine.store.logbook
+        state = book.get("started", self._resumes_at.position)
+        if state is not None:
+            set_rng_state(state, where=book.path)
+
+    def _run_epoch(self, **named: Any) -> None:
+        """The random state at an epoch's beginning decides its order, with samplers that draw from it."""
+        if self._resumes_at is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # nothing is left to do, in the middle of an epoch
+            return
+        folder = named.get("resume_from_checkpoint")
+        if folder is not None and named["epoch"] == named["epochs_trained"]:
+            state = checkpoint.read_checkpoint(Path(folder)).counters["epoch"]
+            if named["steps_trained_in_current_epoch"] and state is not None:
+                set_rng_state(state, where=folder)
+            else:
+                read_rng(Path(folder) / RNG_NAME)
+        self._random_state_of_epoch = rng_state()
+        super()._run_epoch(**named)  # type: ignore[misc]
+
+    def _load_callback_state(self) -> None:
+        """What callbacks count (evaluations without progress, say) goes on, unless upstream is asked to do more."""
+        if self.args.restore_callback_states_from_checkpoint:
+            super()._load_callback_state()  # type: ignore[misc]
+            return
+        saved: dict[str, Any] = dict(self.state.stateful_callbacks or {})  # type: ignore[arg-type]
+        left = {name: list(data) if isinstance(data, list) else [data] for name, data in saved.items()}
+        for callback in self.callback_handler.callbacks:
+            states = left.get(type(callback).__name__)
+            if states and isinstance(callback, ExportableState):
+                callback.__dict__.update(states.pop(0).get("attributes", {}))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._takes_weights_from_checkpoint and not self._reload(resume_from_checkpoint):
+        if not self._takes_weights_from_checkpoint:
+            return
+        if not self._reload(resume_from_checkpoint):
+            checkpoint.refuse_pickles(Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        assert self._resumes_at is not None
+        note_origin(self._resumes_at, self.engine)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
-            checkpoint.read_schedule(Path(checkpoint_folder), self.optimizer, self.lr_scheduler)
+            assert self._resumes_at is not None
+            refuse_other_rates(self._resumes_at, self.engine, scheduler=self.lr_scheduler)
+            read_schedule(Path(checkpoint_folder), self.optimizer, self.lr_scheduler)
 
     def _load_scaler(self, checkpoint_folder: str | None) -> None:
         """Nothing is scaled."""
@@ -153,7 +218,7 @@ class ResumingMixin(_Base):
             return
         folder = Path(checkpoint_folder)
         if not self._randomness.was_restored:
-            checkpoint.read_rng(folder / checkpoint.RNG_NAME)
+            read_rng(folder / RNG_NAME)
         self._set_counters(checkpoint.read_checkpoint(folder).counters)
 
     def _load_best_model(self) -> None:
@@ -205,6 +270,9 @@ class ResumingMixin(_Base):
         if self._replay is not None and self._was_saved_before():
             self._note_best_checkpoint(trial)
             return
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        checkpoint.begin_checkpoint(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._saves_checkpoint = True
         try:
@@ -212,11 +280,10 @@ class ResumingMixin(_Base):
         finally:
             self._saves_checkpoint = False
             self.args.save_total_limit = limit
-        run_dir = Path(self._get_output_dir(trial=trial))
         store = self.engine.store
         position = len(store.records)
         checkpoint.commit_checkpoint(
-            run_dir / f"checkpoint-{self.state.global_step}",
+            folder,
             checkpoint.Pointer(
                 store=self._relative_store(run_dir), store_id=str(store.journal.header["store"]), position=position,
                 step=self.state.global_step, step_offset=self._step_offset or 0,
@@ -260,53 +327,14 @@ class ResumingMixin(_Base):
         return self.args.save_full_weights or pushes or not isinstance(self.model, PreTrainedModel | _peft_model())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        checkpoint.write_schedule(Path(output_dir), self.optimizer, self.lr_scheduler)
+        write_schedule(Path(output_dir), self.optimizer, self.lr_scheduler)
 
     def _save_scaler(self, output_dir: str) -> None:
         """Nothing is scaled."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        checkpoint.write_rng(Path(output_dir) / checkpoint.RNG_NAME)
-
-    # -- hooks of the Trainer: evaluating
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """See [`~transformers.Trainer.evaluate`]. An evaluation that the journal's steps had is not made again."""
-        given = {"eval_dataset": eval_dataset, "ignore_keys": ignore_keys, "metric_key_prefix": metric_key_prefix}
-        with global_random_state_kept(self.args.device):
-            datasets = eval_dataset if eval_dataset is not None else self.eval_dataset
-            if isinstance(datasets, dict) or not self.is_in_train:
-                return super().evaluate(**given)  # type: ignore[misc]
-            known = None if self._replay is None else self._replay.evaluation(metric_key_prefix)
-            if known is not None:
-                return self._report_again(dict(known))
-            if self.is_replaying:
-                logger.warning("The evaluation at step %d is left out: it was not made then.", self.state.global_step)
-                return {}
-            metrics = super().evaluate(**given)  # type: ignore[misc]
-        self._note_evaluation(metric_key_prefix, metrics)
-        return metrics
-
-    def _report_again(self, metrics: dict[str, float]) -> dict[str, float]:
-        self.model.eval()  # as after an evaluation: trainers file metrics by this flag
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _note_evaluation(self, name: str, metrics: dict[str, float]) -> None:
-        store = self.engine.store
-        numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, (int, float))}
-        store.logbook.put("evaluation", len(store.records), numbers, name=name, sync=True)
-        store.journal.append_mark(MarkKind.EVALUATED, step=self.state.global_step)
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_replaying and self.control.should_evaluate:
-            assert self._replay is not None
-            self.control.should_evaluate = self._replay.was_marked(MarkKind.EVALUATED)
-        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        write_rng(Path(output_dir) / RNG_NAME)
 
     def _note_start(self, step_offset: int) -> None:
         """The first step of a training is next: its loop could start again here, without a checkpoint."""
@@ -322,6 +350,7 @@ class ResumingMixin(_Base):
             "globalstep_last_logged": self._globalstep_last_logged,
             "step_metrics": self._step_metrics.state(),
             "data": self._randomness.state(),
+            "epoch": self._random_state_of_epoch,
         }
 
     def _set_counters(self, counters: dict[str, Any]) -> None:
@@ -331,26 +360,12 @@ class ResumingMixin(_Base):
         self._globalstep_last_logged = counters["globalstep_last_logged"]
         self._step_metrics.set_state(counters["step_metrics"])
 
-    # -- random numbers of the data pipeline
 
-    @property
-    def _randomness(self) -> RandomnessKeeper:
-        if not hasattr(self, "_randomness_keeper"):
-            self._randomness_keeper = RandomnessKeeper()
-        return self._randomness_keeper
-
-    def get_train_dataloader(self) -> Any:
-        """See [`~transformers.Trainer.get_train_dataloader`]; the collator's random numbers are kept track of."""
-        with self._watching_collator():
-            return super().get_train_dataloader()  # type: ignore[misc]
-
-    @contextmanager
-    def _watching_collator(self) -> Iterator[None]:
-        collator, self.data_collator = self.data_collator, self._randomness.watch(self.data_collator)
-        try:
-            yield
-        finally:
-            self.data_collator = collator
+def _point(found: checkpoint.Checkpoint) -> ResumePoint:
+    return ResumePoint(
+        folder=found.folder, store_id=found.store_id, fingerprint=found.fingerprint, position=found.position,
+        step_offset=found.step_offset,
+    )  # fmt: skip
 
 
 def save_processing_class(processing_class: Any, folder: Path) -> None:
