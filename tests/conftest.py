@@ -36,6 +36,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # accelerate collects garbage at every training, and walks all objects of the libraries each time.
+    gc.freeze()
+
+
 def open_files() -> dict[int, str]:
     """Descriptor -> target of every open file of this process; devices and /proc are the libraries' own business."""
     found: dict[int, str] = {}

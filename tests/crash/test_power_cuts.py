@@ -4,11 +4,9 @@ Every image is opened the way a resumed training opens it, and every unit's weig
 in-memory reference that absorbed the same records one by one.
 """
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -26,7 +24,7 @@ from tests.support.durable import (
     steps,
     visit,
 )
-from tests.support.processes import single_threaded
+from tests.support.processes import in_memory, single_threaded
 
 TRAINING = [*steps(1, 12), Action("flush")]
 # Weights from outside, history taken back, over the end of a process.
@@ -59,12 +57,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where that is possible: thousands of folders are written, and no drive is needed."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with TemporaryDirectory(dir="/dev/shm", prefix="zo2trl-") as folder:
-        yield Path(folder)
+    with in_memory(tmp_path) as folder:
+        yield folder
 
 
 class Trial:

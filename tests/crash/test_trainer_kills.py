@@ -128,7 +128,7 @@ def records_of(folder: Path) -> list[str]:
 
 
 def saved(folder: Path, dtype: torch.dtype) -> str:
-    tiny_model("opt", dtype=dtype).save_pretrained(folder / "start")
+    tiny_model("llama", dtype=dtype).save_pretrained(folder / "start")
     return str(folder / "start")
 
 

@@ -279,6 +279,7 @@ def test_training_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None
     assert during == [before]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_stop_that_a_destructor_swallowed_takes_effect_at_the_next_step(tmp_path: Path) -> None:
     class Swallows:
         def __del__(self) -> None:
@@ -291,7 +292,7 @@ def test_a_stop_that_a_destructor_swallowed_takes_effect_at_the_next_step(tmp_pa
 
     with closing(trainer_of(tmp_path, max_steps=50)) as trainer:
         trainer.add_callback(Dropping())
-        with pytest.warns(pytest.PytestUnraisableExceptionWarning), pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
             trainer.train()
         assert len(trainer.engine.store.records) == 1
 

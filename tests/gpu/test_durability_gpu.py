@@ -153,8 +153,8 @@ from pathlib import Path
 from tests.support.models import tiny_model, tiny_rows
 from tests.support.runs import zo_trainer
 folder = Path(sys.argv[1])
-trainer = zo_trainer(folder, tiny_model("opt"), tiny_rows("opt", 40), use_cpu=False, max_steps=400,
-                     save_strategy="steps", save_steps=50, device_memory="min", cpu_memory=sys.argv[2],
+trainer = zo_trainer(folder, tiny_model("opt"), tiny_rows("opt", 40), use_cpu=False, max_steps=60,
+                     save_strategy="steps", save_steps=20, device_memory="min", cpu_memory=sys.argv[2],
                      max_replay_s=0.0)
 print("ready", flush=True)
 trainer.train(resume_from_checkpoint=any((folder / "store" / name).exists() for name in ("journal", "earlier")))
@@ -173,7 +173,7 @@ def test_a_gpu_run_killed_again_and_again_ends_with_the_straight_runs_weights(cp
             [sys.executable, "-c", CHILD, str(folder), cpu_memory], env=environment, stdout=subprocess.PIPE, text=True
         )
 
-    assert start(tmp_path / "straight").wait(timeout=300) == 0
+    assert start(tmp_path / "straight").wait(timeout=120) == 0
     n_killed = 0
     for _ in range(3):
         child = start(tmp_path / "killed")
@@ -181,7 +181,7 @@ def test_a_gpu_run_killed_again_and_again_ends_with_the_straight_runs_weights(cp
         time.sleep(chance.uniform(0.5, 4.0))
         child.send_signal(signal.SIGKILL)
         n_killed += child.wait(timeout=60) != 0
-    assert start(tmp_path / "killed").wait(timeout=300) == 0
+    assert start(tmp_path / "killed").wait(timeout=120) == 0
     assert n_killed, "no kill came before the end: nothing was shown"
     for run in ("straight", "killed"):
         export_store(tmp_path / run / "store", tmp_path / run / "out")

@@ -49,7 +49,7 @@ class FaultyFS(FS):
         self.struck: list[str] = []
         """The calls that met the fault."""
         self.retried_syncs: list[str] = []
-        """Syncs of a file or a folder whose sync had failed before: must stay empty."""
+        """Syncs of a file or a folder whose sync had failed before under the same lock: must stay empty."""
         self._failed_syncs: set[tuple[int, int]] = set()
         self._counting = threading.Lock()
         self._stalled: dict[str, threading.Event] = {}
@@ -145,7 +145,9 @@ class FaultyFS(FS):
 
     def lock(self, path: Path) -> int:
         self._meet("lock", path)
-        return super().lock(path)
+        fd = super().lock(path)
+        self._failed_syncs.clear()  # a new owner takes nothing for durable that it has not written again itself
+        return fd
 
     # -- dawdling and lying
 

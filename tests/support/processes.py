@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -166,6 +167,16 @@ def in_child(work: Callable[[Report], None], *, timeout_s: float = PATIENCE_S) -
 
 
 # -- disks
+
+
+@contextmanager
+def in_memory(instead_of: Path) -> Iterator[Path]:
+    """A folder in memory where that is possible: for tests that write thousands of folders and need no drive."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield instead_of
+        return
+    with TemporaryDirectory(dir="/dev/shm", prefix="zo2trl-tests-") as folder:
+        yield Path(folder)
 
 
 def enter_private_mounts() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from zo2trl.tiers.interrupts import HELD, interrupts_held, uninterrupted
+from zo2trl.tiers.interrupts import HELD, interrupts_held, let_interrupts_in, uninterrupted
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,38 @@ def test_a_signal_that_python_does_not_handle_is_left_to_the_system() -> None:
         signal.signal(signal.SIGTERM, handler)
         with interrupts_held():
             assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_long_section_can_let_a_signal_in_and_is_a_section_again_while_it_unwinds() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_held():
+        try:
+            let_interrupts_in()  # nothing has come yet
+            signal.raise_signal(signal.SIGINT)
+            done.append("until then")
+            let_interrupts_in()
+            done.append("never")
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            done.append("cleaned up")
+    assert done == ["until then", "cleaned up"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_section_inside_another_lets_nothing_in_before_that_one_does() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_held():
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            let_interrupts_in()
+            done.append("inner")
+        let_interrupts_in()
+        done.append("never")
+    assert done == ["inner"]
+
+
+def test_outside_of_any_section_there_is_nothing_to_let_in() -> None:
+    let_interrupts_in()
 
 
 def test_other_threads_are_left_alone() -> None:

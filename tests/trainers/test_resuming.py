@@ -4,15 +4,34 @@ Crashes here are exceptions (tests/support/crashes.py); tests/crash kills proces
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
-from tests.support.crashes import Crash, Outcome, in_peace, resumed, run_until_crash, straight
+from tests.support.crashes import (
+    Crash,
+    Crashed,
+    Outcome,
+    abandoning,
+    drop_dead,
+    in_peace,
+    resumed,
+    run_until_crash,
+    straight,
+)
 from tests.support.runs import closing, differing
-from tests.support.trainings import PLAIN, TRAININGS, UNSAVED, Training
+from tests.support.trainings import PLAIN, TRAININGS, UNSAVED, Training, held_out
+from zo2trl.tiers.journal import Journal, MarkKind
 
 END, BEGIN = "step_end", "step_begin"
+
+MARKED = replace(
+    PLAIN.having(eval_strategy="steps", eval_steps=2, save_steps=3), extra=lambda: {"eval_dataset": held_out()}
+)  # fmt: skip
+UNSAVED_LOGS = UNSAVED.having(logging_steps=4)
 
 CRASHES = {
     # before the first step; before any checkpoint; in an accumulation; behind an evaluation and before its checkpoint
@@ -130,7 +149,56 @@ def test_the_best_weights_can_be_shown_again_and_trained_on(tmp_path: Path) -> N
         assert wanted.difference(Outcome.of(trainer)) == ""
 
 
+# -- moments between two writes
+
+
+@pytest.mark.parametrize(("kind", "later"), [(MarkKind.STARTED, 2), (MarkKind.EVALUATED, 3), (MarkKind.SAVED, 5)])
+def test_a_crash_before_a_mark_leaves_no_trace(
+    kind: MarkKind, later: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = in_peace(MARKED)
+    trainer = MARKED(tmp_path)
+    real = Journal.append_mark
+
+    def append_mark(journal: Journal, mark: MarkKind, *, step: int) -> None:
+        if mark == kind:
+            drop_dead(trainer)
+            raise Crashed
+        real(journal, mark, step=step)
+
+    monkeypatch.setattr(Journal, "append_mark", append_mark)
+    with abandoning(trainer), pytest.raises(Crashed):
+        trainer.train()
+    monkeypatch.undo()
+    run_until_crash(MARKED(tmp_path), Crash(END, later), resume_from_checkpoint=True)
+    with closing(MARKED(tmp_path)) as trainer:
+        trainer.train(resume_from_checkpoint=True)
+        assert wanted.difference(Outcome.of(trainer)) == ""
+
+
 # -- several trainings of one trainer
+
+
+class Interrupting(TrainerCallback):
+    """Ctrl-C, once."""
+
+    is_done = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        if state.global_step == 2 and not self.is_done:
+            self.is_done = True
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["unsaved", "sft"])
+def test_after_ctrl_c_the_same_trainer_goes_on(name: str, tmp_path: Path) -> None:
+    training = UNSAVED_LOGS if name == "unsaved" else TRAININGS["sft"]
+    with closing(training(tmp_path)) as trainer:
+        trainer.add_callback(Interrupting())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.train(resume_from_checkpoint=True)
+        assert in_peace(training).difference(Outcome.of(trainer)) == ""
 
 
 @pytest.mark.parametrize("training", [PLAIN, UNSAVED], ids=["saved", "unsaved"])

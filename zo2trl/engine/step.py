@@ -300,9 +300,9 @@ class Engine:
         if self._n_skips >= MAX_SKIPS_IN_A_ROW:
             raise TrainingDiverged(
                 f"The loss was not finite in {self._n_skips} steps in a row (at step {pending.step}: plus "
-                f"{estimate.loss_plus}, minus {estimate.loss_minus}). No weights were changed by these steps. Look "
-                "at the batches of these steps, lower `learning_rate` or `zo_eps`, or load the model in bfloat16 or "
-                "float32."
+                f"{estimate.loss_plus}, minus {estimate.loss_minus}). No weights were changed by them; the last good "
+                f"step is {len(self.store.records) - self._n_skips}. Look at the batches of these steps, lower "
+                "`learning_rate` or `zo_eps`, or load the model in bfloat16 or float32."
             )
 
 

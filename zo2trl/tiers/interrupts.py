@@ -19,7 +19,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["Holding", "interrupts_held", "uninterrupted"]
+__all__ = ["HELD", "Holding", "interrupts_held", "let_interrupts_in", "uninterrupted"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,6 +74,12 @@ def interrupts_held() -> Iterator[None]:
             _depth -= 1
             if not _depth and _caught:
                 _act_on_caught()
+
+
+def let_interrupts_in() -> None:
+    """A moment inside a long held section at which a signal may take effect, unless a section round it waits, too."""
+    if _caught and _depth == 1 and threading.current_thread() is threading.main_thread():
+        _act_on_caught()
 
 
 def uninterrupted(function: Callable[P, R]) -> Callable[P, R]:

@@ -42,7 +42,7 @@ from zo2trl.trainers.optimizer import ZOOptimizer
 from zo2trl.trainers.replaying import Replay, estimate_of, refuse_changed_weights
 from zo2trl.trainers.resuming import ResumingMixin, save_processing_class
 from zo2trl.trainers.scaling import LossScaling
-from zo2trl.trainers.signals import stopping_on_signals
+from zo2trl.trainers.signals import stop_if_asked, stopping_on_signals
 from zo2trl.trainers.support import check_arguments, check_optimizers
 
 __all__ = ["ZOTrainerMixin"]
@@ -114,9 +114,8 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         logger.info(engine.store.summary())
 
     def _continue_run(self) -> None:
-        engine = self._engine
+        engine = self._engine  # gone back to the best model, it is not where the run is
         is_open = engine is not None and engine.model is self.model and engine.store.is_open
-        # Gone back to the best model, it is not where the run is.
         if not is_open or not engine.store.records or engine.store.records is not engine.store.journal.records:  # type: ignore[union-attr]
             self._open_engine("continue")
 
@@ -269,6 +268,7 @@ class ZOTrainerMixin(ResumingMixin, _Base):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Collect micro-batches until gradients would sync, then estimate the slope from all of them in one march."""
+        stop_if_asked()
         self._micro_batches.append((self._prepare_inputs(inputs), num_items_in_batch))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)

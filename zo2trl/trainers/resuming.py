@@ -126,7 +126,7 @@ class ResumingMixin(RecordingMixin, _Base):
         self._resumes_at, self._step_offset = point, point.step_offset
         if point.folder is not None:
             read_rng(point.folder / RNG_NAME)  # samplers take their seed from it when they are made
-            self._randomness.start(checkpoint.read_checkpoint(point.folder).counters["data"])
+            self._randomness.start(checkpoint.read_checkpoint(point.folder).counters.get("data"))
         else:
             self._restore_random_state_at_start()
 
@@ -174,7 +174,7 @@ class ResumingMixin(RecordingMixin, _Base):
             return
         folder = named.get("resume_from_checkpoint")
         if folder is not None and named["epoch"] == named["epochs_trained"]:
-            state = checkpoint.read_checkpoint(Path(folder)).counters["epoch"]
+            state = checkpoint.read_checkpoint(Path(folder)).counters.get("epoch")
             if named["steps_trained_in_current_epoch"] and state is not None:
                 set_rng_state(state, where=folder)
             else:
@@ -219,7 +219,13 @@ class ResumingMixin(RecordingMixin, _Base):
         folder = Path(checkpoint_folder)
         if not self._randomness.was_restored:
             read_rng(folder / RNG_NAME)
-        self._set_counters(checkpoint.read_checkpoint(folder).counters)
+        try:
+            self._set_counters(checkpoint.read_checkpoint(folder).counters)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder}: its counters are not those of this trainer ({error!r}). Resume with the trainer class "
+                "that saved it."
+            ) from error
 
     def _load_best_model(self) -> None:
         folder, home = Path(self.state.best_model_checkpoint or ""), Path(self.args.output_dir)

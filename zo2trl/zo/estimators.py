@@ -43,8 +43,8 @@ class Estimate:
 
     @property
     def is_finite(self) -> bool:
-        """False when any loss was NaN or infinite: such a step must not touch the weights."""
-        return math.isfinite(self.loss_plus) and math.isfinite(self.loss_minus)
+        """False when any loss or slope was NaN or infinite: such a step must not touch the weights."""
+        return all(map(math.isfinite, (self.loss_plus, self.loss_minus, *self.projected_grads)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
