@@ -323,10 +323,7 @@ class Homes:
         _raise_first([*writes.values(), *snapshots])
 
     def close(self) -> None:
-        """Let running jobs end, drop those that wait (records will lead there again), release everything.
-
-        A job that nobody waited for and that failed is a warning: the journal has what it should have written.
-        """
+        """Let running jobs end, drop those that wait (the journal leads there again), release everything."""
         with ExitStack() as everything:
             everything.callback(self._staging.close)
             everything.callback(self._tiers.close)
