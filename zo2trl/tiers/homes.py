@@ -67,8 +67,7 @@ class Homes:
         self.traffic = Counter()
         self._tiers, self._device = tiers, device
         self._ledger = Ledger()
-        self.spoiled: str | None = None
-        """What was being done when an error left bytes in memory that no position describes."""
+        self.spoiled: str | None = None  # what was being done when an error left bytes that no position describes
         self._views: Counter[int] = Counter()  # unit -> how often its home moved to other memory
         self._writes: dict[int, Future] = {}  # segment -> its newest write-back
         self._snapshots: list[Future] = []  # and write-backs that a newer one of the same segment has followed
@@ -238,8 +237,8 @@ class Homes:
             return
         position = self._position_of(unit)
         if position is not None and self._is_news(unit, position):
-            data = self.view(unit)[0].to("cpu", copy=True)
-            self._snapshots.append(self._writer.submit(self._save, unit, data, position=position))
+            copied = self.view(unit)[0].to("cpu", copy=True)
+            self._snapshots.append(self._writer.submit(self._save, unit, copied, position=position))
 
     def begin_anew(self, contents: Iterable[tuple[Unit, torch.Tensor]], *, position: int) -> None:
         """Give units bytes (flat uint8, their own views included) that no record leads to: all of them, or none."""
@@ -312,8 +311,8 @@ class Homes:
     def settle(self) -> None:
         """Wait for every job, and forget unit versions that did not get all their leaves in one march."""
         writes, snapshots = dict(self._writes), self._snapshots
-        names = {s.unit.name for s in self.layout.segments if s.index in writes}
-        wait_for_all([*writes.values(), *snapshots], what=f"writes of {', '.join(sorted(names)) or 'snapshots'}")
+        names = sorted({s.unit.name for s in self.layout.segments if s.index in writes}) or ["snapshots"]
+        wait_for_all([*writes.values(), *snapshots], what=f"writes of {', '.join(names)}")
         # Only now: a fetch thread that still loads one of these segments must find the write it has to wait for.
         for index in writes:
             del self._writes[index]
@@ -329,8 +328,8 @@ class Homes:
             everything.callback(self._tiers.close)
             self._writer.shutdown(wait=True, cancel_futures=True)
             jobs, self._writes, self._snapshots = [*self._writes.values(), *self._snapshots], {}, []
-            for error in [job.exception() for job in jobs if not job.cancelled()]:
-                if error is not None:
+            for job in jobs:
+                if not job.cancelled() and (error := job.exception()) is not None:
                     logger.warning("A unit was not written, and an older version of it is kept: %s", str(error))
 
     # -- in the writer thread

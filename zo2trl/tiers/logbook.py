@@ -53,6 +53,10 @@ class Logbook:
         """An entry's value, or None."""
         return self._entries.get((kind, name), {}).get(position)
 
+    def has(self, kind: str, position: int) -> bool:
+        """Whether there is an entry of a kind at a position, whatever its name."""
+        return any(position in values for (found, _), values in self._entries.items() if found == kind)
+
     def put(self, kind: str, position: int, value: Any, *, name: str = "", sync: bool = False) -> None:
         """Add an entry; with `sync` it survives a power cut, and so do all before it."""
         assert self._fd is not None, "the logbook is closed"

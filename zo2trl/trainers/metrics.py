@@ -49,7 +49,6 @@ class StepMetrics:
             means |= {f"bytes_{link}": sums[link] / sums["steps"] for link in _LINKS}
         return {f"zo/{name}": value for name, value in means.items()}
 
-
     def state(self) -> dict[str, Any]:
         """What is left over since the last log, as JSON."""
         return {"sums": dict(self._sums), "estimates": self._estimates, "n_steps": self._n_steps}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import Trainer
 
 from zo2trl.engine.step import Engine
@@ -70,13 +71,14 @@ class RecordingMixin(_Base):
 
     def _note_evaluation(self, name: str, metrics: dict[str, float]) -> None:
         store = self.engine.store
-        numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, (int, float))}
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, (bool, int, float))}
+        numbers |= {key: value.item() for key, value in metrics.items() if isinstance(value, np.generic)}
         store.logbook.put("evaluation", len(store.records), numbers, name=name, sync=True)
         store.journal.append_mark(MarkKind.EVALUATED, step=self.state.global_step)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self._replay is not None and not self._replay.is_over and self.control.should_evaluate:
-            self.control.should_evaluate = self._replay.was_marked(MarkKind.EVALUATED)
+            self.control.should_evaluate = self._replay.had_evaluation
         super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
 
     # -- random numbers of the data pipeline

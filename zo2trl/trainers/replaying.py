@@ -182,6 +182,11 @@ class Replay:
         return self._store.logbook.get("evaluation", self.position, name=name)
 
     @property
+    def had_evaluation(self) -> bool:
+        """Whether there was one after the step gone through last."""
+        return self._store.logbook.has("evaluation", self.position)
+
+    @property
     def ends_changed(self) -> bool:
         """Whether weights were changed from outside after the last step: what did that must not do it again."""
         marks = self._store.journal.marks

@@ -82,6 +82,7 @@ class ResumingMixin(RecordingMixin, _Base):
             self._resume_from_weights(folder)
             return
         self._continue_run()
+        self._forget_counters()
         point = self._last_point() if folder is None else locate(self._point_of(folder), self.engine)
         if point.folder is not None and not has_length(self.train_dataset) and can_start_over(self.engine):
             # The Trainer cannot find its place in a stream again; going through all of it is what skipping costs, too.
@@ -275,6 +276,8 @@ class ResumingMixin(RecordingMixin, _Base):
         """`checkpoint-N` counts from the moment its marker is written, last; only then older ones may go."""
         if self._replay is not None and self._was_saved_before():
             self._note_best_checkpoint(trial)
+            if self._replay.is_over:
+                self._rotate(Path(self._get_output_dir(trial=trial)), self.args.save_total_limit)
             return
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
@@ -297,10 +300,11 @@ class ResumingMixin(RecordingMixin, _Base):
             ),
         )  # fmt: skip
         store.journal.append_mark(MarkKind.SAVED, step=self.state.global_step)
-        rotate_checkpoints(
-            output_dir=str(run_dir), save_total_limit=limit,
-            best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True,
-        )  # fmt: skip
+        self._rotate(run_dir, limit)
+
+    def _rotate(self, run_dir: Path, limit: int | None) -> None:
+        best = self.state.best_model_checkpoint
+        rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def _was_saved_before(self) -> bool:
         assert self._replay is not None
@@ -358,6 +362,11 @@ class ResumingMixin(RecordingMixin, _Base):
             "data": self._randomness.state(),
             "epoch": self._random_state_of_epoch,
         }
+
+    def _forget_counters(self) -> None:
+        """What an interrupted training of this very trainer has left over since its last log."""
+        self._step_metrics = StepMetrics()
+        self.current_flos = 0
 
     def _set_counters(self, counters: dict[str, Any]) -> None:
         self._tr_loss.fill_(counters["tr_loss"])

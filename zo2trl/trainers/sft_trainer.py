@@ -70,6 +70,11 @@ class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
         metrics = {key: list(values) for key, values in self._metrics["train"].items()}
         return super()._counters() | {"trl": {"metrics": metrics, "num_tokens": self._total_train_tokens}}
 
+    def _forget_counters(self) -> None:
+        super()._forget_counters()
+        self._metrics["train"].clear()
+        self._total_train_tokens = 0
+
     def _set_counters(self, counters: dict[str, Any]) -> None:
         super()._set_counters(counters)
         self._metrics["train"].clear()
