@@ -16,7 +16,7 @@ from zo2trl.tiers.fs import LOCAL
 
 KILLS_PER_STORE = 20
 LONGEST_OPENING_S, LONGEST_ACTION_S = 0.02, 0.003
-MOST_ACTIONS = 24
+MOST_ACTIONS = 14
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 
 def power_cuts(tmp_path: Path, actions: list[Action] = SHORT) -> None:
-    Trial(SETUP, actions, tmp_path).check_all(n_random=3)
+    Trial(SETUP, actions, tmp_path).check_all(n_random=1)
 
 
 def flipped_bit(tmp_path: Path) -> None:

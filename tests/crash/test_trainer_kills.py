@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -33,8 +34,10 @@ PATIENCE_S = 60.0
 def one_thread() -> Iterator[None]:
     """Also no progress bars, which have a thread of their own: a child is forked from a process that is one thread."""
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     with single_threaded():
         yield
+    datasets.enable_progress_bars()
     logging.enable_progress_bar()
 
 

@@ -36,7 +36,7 @@ def race(folder: Path, starts: list[Path], report: Report) -> None:
     held = None
     for number, start in enumerate(starts):
         while not start.exists():
-            pass
+            time.sleep(0.0002)
         if held is not None:
             held.close()
         try:

@@ -164,7 +164,7 @@ def test_what_was_written_is_read_back_and_is_sorted(tmp_path: Path) -> None:
 def test_a_number_that_json_cannot_hold_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "document.json"
     write_json(path, {"lr": 1})
-    with pytest.raises(ValueError, match="nan"):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"lr": float("nan")})
     assert read_json(path, max_bytes=MAX_BYTES) == {"lr": 1}
 

@@ -20,6 +20,7 @@ from torch import nn
 from zo2trl.engine.binding import Binding, Forward
 from zo2trl.engine.lockstep import Pass, current_pass, march
 from zo2trl.errors import LossPrecisionError, MarchError, TrainingDiverged
+from zo2trl.tiers.interrupts import let_interrupts_in, uninterrupted
 from zo2trl.tiers.layout import Layout, VisitPoint
 from zo2trl.tiers.placement import Placement
 from zo2trl.tiers.store import TieredStore
@@ -137,6 +138,7 @@ class Engine:
         with self.store.writing_back():
             return self._march([(run, CLEAN) for run in closures], seed=0)
 
+    @uninterrupted
     def flush(self) -> None:
         """Bring homes and parameters up to date: from here on `model.state_dict()` shows every finished step."""
         if current_pass() is None and self.store.is_open:
@@ -179,6 +181,8 @@ class Engine:
 
     # -- marching
 
+    # Signals wait while parameters are bound or poisoned: what they point to would be taken for a user's new weights.
+    @uninterrupted
     def _march(self, runs: Sequence[tuple[Closure, Probe]], *, seed: int) -> list[Any]:
         if current_pass() is not None:
             raise MarchError("A march was started from inside another march: a loss closure must only run the model.")
@@ -208,6 +212,7 @@ class Engine:
             raise
 
     def _serve(self, index: int, waiting: Sequence[Pass], seed: int) -> None:
+        let_interrupts_in()  # between two visits nothing is lent
         point = self.store.layout.points[index]
         self.visited.append(index)
         with self.store.lease(point) as clean:
@@ -254,6 +259,7 @@ class Engine:
             return forward(*arguments[0], **arguments[1])
         return self._visit_alone(point, forward, arguments)
 
+    @uninterrupted
     def _visit_alone(self, point: VisitPoint, forward: Forward, arguments: tuple[tuple, dict]) -> Any:
         """A forward outside any march: lease, bind, run, put to rest."""
         self._adopt_changes(point)

@@ -19,7 +19,7 @@ import torch
 from zo2trl.amp.codecs import PLAIN
 from zo2trl.errors import MarchError, StoreError
 from zo2trl.tiers.homes import Homes
-from zo2trl.tiers.interrupts import uninterrupted
+from zo2trl.tiers.interrupts import let_interrupts_in, uninterrupted
 from zo2trl.tiers.journal import Journal
 from zo2trl.tiers.layout import Layout, Segment, Unit, VisitPoint
 from zo2trl.tiers.logbook import Logbook
@@ -198,6 +198,7 @@ class TieredStore:
         """Bring every home up to date: saved weights and views are never a step behind."""
         with self.writing_back():
             for segment in filter(self._is_behind, self.layout.segments):
+                let_interrupts_in()
                 with self.lease(_alone(segment)):
                     pass
         self.settle()
