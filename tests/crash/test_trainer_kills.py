@@ -5,25 +5,27 @@ bringing back what the one before it left. The next child gets no more than the 
 """
 
 import hashlib
+import os
 import random
 import shutil
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from tests.support.crashes import comparable
 from tests.support.models import tiny_model
 from tests.support.processes import Report, child, in_child, single_threaded
 from tests.support.trainings import TRAININGS, Training, held_out, lora
 from zo2trl.tiers.export import export_store
+from zo2trl.tiers.fs import FS
 from zo2trl.tiers.journal import Journal
 
 N_STEPS, N_KILLS = 100, 10
@@ -31,14 +33,14 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Also no progress bars, which have a thread of their own: a child is forked from a process that is one thread."""
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Children are forked from a process that is one thread: progress bars have one of their own."""
+    if tqdm.monitor is not None:
+        tqdm.monitor.exit()
+        tqdm.monitor = None
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)
     with single_threaded():
         yield
-    datasets.enable_progress_bars()
-    logging.enable_progress_bar()
 
 
 class Telling(TrainerCallback):
@@ -207,3 +209,54 @@ def test_ten_kills_of_a_run_that_evaluates_and_saves_all_the_time_leave_no_trace
 def test_three_hundred_kills_leave_no_trace(seed: int, tmp_path: Path) -> None:
     training = [BUSY, TRAININGS["masking"].having(max_steps=24), TRAININGS["sft"].having(max_steps=24)][seed % 3]
     kill_a_busy_run(training, tmp_path, seed=seed)
+
+
+# -- C1, at every write
+
+CHANGES = ("create", "write_some", "sync_data", "sync_folder", "rename", "unlink", "remove", "make_dir")
+SHORT = TRAININGS["sft"].having(max_steps=5, eval_steps=2, save_steps=2, save_total_limit=1, logging_steps=2)
+N_SAMPLED = 15
+
+
+def life_of_so_many_changes(n_changes: int, folder: Path, report: Report) -> None:
+    """Die before the change of a file, or of a folder, that comes after so many; report how many there were."""
+    n_seen = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def change(*args: Any, **named: Any) -> Any:
+            nonlocal n_seen
+            if n_seen == n_changes:
+                os.kill(os.getpid(), signal.SIGKILL)
+            n_seen += 1
+            return real(*args, **named)
+
+        return change
+
+    for name in CHANGES:
+        setattr(FS, name, counted(getattr(FS, name)))
+    life(SHORT, folder, report)
+    report({"n_changes": n_seen})
+
+
+def kill_at(n_changes: list[int], folder: Path, wanted: Any) -> None:
+    for n in n_changes:
+        with child(partial(life_of_so_many_changes, n, folder / f"{n}")) as victim:
+            victim.rest(PATIENCE_S)
+            assert victim.wait() == -signal.SIGKILL, f"it did not come to change {n}"
+        found = unharmed(SHORT, folder / f"{n}")
+        assert found == wanted, f"killed before change {n}"
+        assert records_of(folder / f"{n}") == records_of(folder / "straight"), f"killed before change {n}"
+
+
+def test_a_kill_before_any_write_leaves_no_trace(tmp_path: Path) -> None:
+    said = in_child(partial(life_of_so_many_changes, -1, tmp_path / "straight"), timeout_s=PATIENCE_S)
+    wanted, total = said[-2], said[-1]["n_changes"]
+    kill_at(sorted(random.sample(range(total - 5), N_SAMPLED)), tmp_path, wanted)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("part", range(10))
+def test_a_kill_before_each_write_leaves_no_trace(part: int, tmp_path: Path) -> None:
+    said = in_child(partial(life_of_so_many_changes, -1, tmp_path / "straight"), timeout_s=PATIENCE_S)
+    wanted, total = said[-2], said[-1]["n_changes"]
+    kill_at(list(range(total - 5))[part::10], tmp_path, wanted)

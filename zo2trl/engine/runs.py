@@ -104,6 +104,8 @@ def open_run(folder: StoreFolder, run: Run, source: Source, *, mode: Mode, fs: F
             homes, journal = _continue(folder, run, source, mode=mode, undo=undo, fs=fs)
         logbook = Logbook.open(folder.logbook, fs=fs) if mode != "read" else Logbook.blank(folder.logbook, fs=fs)
         undo.callback(logbook.close)
+        if mode == "continue":
+            logbook.forget_beyond(len(journal.records))
         store = TieredStore(
             homes, journal=journal, logbook=logbook, rule=run.rule, rhythm=run.rhythm, device=run.device,
             on_first_step=folder.drop_earlier_run if mode == "begin" else lambda: None, on_close=folder.close,

@@ -39,7 +39,11 @@ class Logbook:
             fs.close(fs.create(path, 0))
             fs.sync_folder(path.parent)
         book = cls(path, fs.open(path, write=not read_only), fs=fs)
-        book._load(read_only=read_only)
+        try:
+            book._load(read_only=read_only)
+        except BaseException:
+            book.close()
+            raise
         return book
 
     @classmethod
@@ -68,6 +72,11 @@ class Logbook:
             self._fs.sync_data(self._fd)
         self._note(json.loads(text))  # what a reader would get: tuples are lists from here on
 
+    def forget_beyond(self, position: int) -> None:
+        """Entries of steps that the journal has lost (a power cut between syncs) are not those of the next ones."""
+        if any(key > position for values in self._entries.values() for key in values):
+            self.rewind(position)
+
     def rewind(self, position: int) -> None:
         """Forget entries beyond a position."""
         self.put("rewound", position, None, sync=True)
@@ -93,6 +102,7 @@ class Logbook:
             self.damaged_at = self._end
             if not read_only:
                 self._fs.write_at(self._fd, b"\n" * len(rest), self._end)
+                self._fs.sync_data(self._fd)
 
     def _note(self, entry: list[Any]) -> None:
         kind, position, name, value = entry

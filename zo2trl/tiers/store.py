@@ -244,6 +244,14 @@ class TieredStore:
         self._refuse_if_read_only("go back")
         assert 0 <= position <= len(self.records)
         self.homes.settle()
+        try:
+            self._go_back(position, base=base)
+        except BaseException as error:
+            self.homes.spoiled = f"weights of an earlier step were being rebuilt ({error})"
+            raise
+        self.homes_changed()
+
+    def _go_back(self, position: int, *, base: Source) -> None:
         self.records = self.records[:position]
         for unit in self.layout.units:
             segments = [s for s in self.layout.segments if s.unit is unit and s.is_trainable]
@@ -254,7 +262,6 @@ class TieredStore:
                     part = weights[segment.byte_start : segment.byte_start + segment.n_bytes]
                     catch_up(part, segment, self.records, position=start, rule=self.rule)
                 self.homes.set_back(unit, weights.cpu(), position=position)
-        self.homes_changed()
 
     def _begin_anew(self, contents: Iterable[tuple[Unit, torch.Tensor]]) -> None:
         self.homes.settle()

@@ -213,8 +213,12 @@ class UnitFiles:
             raise _damaged(path, 0, unit, what="the file is missing")
         fd = self._fs.open(path)
         expected = unit.n_bytes + CRC_BYTES * len(unit.tensors)
-        if record.n_bytes != unit.n_bytes or self._fs.size(fd) != expected:
+        try:
             size = self._fs.size(fd)
+        except BaseException:
+            self._fs.close(fd)
+            raise
+        if record.n_bytes != unit.n_bytes or size != expected:
             self._fs.close(fd)
             what = f"the file has {size:,} bytes instead of {expected:,}"
             raise _damaged(path, min(size, expected), unit, what=what)
