@@ -215,7 +215,7 @@ def test_three_hundred_kills_leave_no_trace(seed: int, tmp_path: Path) -> None:
 
 CHANGES = ("create", "write_some", "sync_data", "sync_folder", "rename", "unlink", "remove", "make_dir")
 SHORT = TRAININGS["sft"].having(max_steps=5, eval_steps=2, save_steps=2, save_total_limit=1, logging_steps=2)
-N_SAMPLED = 15
+N_SAMPLED = 10
 
 
 def life_of_so_many_changes(n_changes: int, folder: Path, report: Report) -> None:
