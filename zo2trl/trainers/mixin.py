@@ -355,14 +355,13 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         if self._replay is not None:
             self._replay.advance(learning_rate=learning_rate)
             return
-        store = self.engine.store
+        store, measured = self.engine.store, self._measured()
+        if measured is not None:  # first: what the journal does not confirm is forgotten
+            store.logbook.put("step", len(store.records) + 1, measured)
         self.engine.commit(
             learning_rate=learning_rate, weight_decay=self.args.weight_decay, projected_grads=self._grads,
             grad_norm=self._grad_norm,
         )  # fmt: skip
-        measured = self._measured()
-        if measured is not None:
-            store.logbook.put("step", len(store.records), measured)
 
     def _measured(self) -> Any:
         """What the forwards of this step measured besides losses, as JSON, for trainers that log such things."""
