@@ -5,6 +5,7 @@ Environment variables are set before anything imports a Hugging Face library, be
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ PATIENCE_S = 2.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Workers that each start a thread per core fight over the cores and run slower than one thread each.
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
