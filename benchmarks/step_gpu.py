@@ -1,124 +1,195 @@
-"""A step on a GPU in every mode, against bare forwards and raw copies measured in the same run.
+"""A step on a GPU in every mode, against bare forwards, raw copies and raw reads measured in the same run.
 
-    python -m benchmarks.step_gpu --size 1.3b --out benchmarks/results/step_gpu_opt_1.3b.json
+    python -m benchmarks.step_gpu --model opt-13b --out benchmarks/results/step_gpu_opt_13b.json
+    python -m benchmarks.step_gpu --model opt-13b --modes streamed --device_memory 12GB
 
-OPT by size name with random bf16 weights, one batch of 1 x 2048 tokens, full fine-tuning. Modes: everything resident,
-all blocks streamed from host memory, all blocks streamed from disk. Reported per mode: median step time, its ratio to
-two bare forwards, bytes per step and link, and the allocator's peak.
+OPT or Llama by size name with random weights made on the GPU, full fine-tuning with SGD, one batch of 1 x 2048 tokens.
+Reported per mode: median step time and tokens per second, what bounds it and the ratio to that bound, bytes per step
+and link, and the peaks of the allocator, of the device, of pinned and of anonymous host memory.
 """
 
 import argparse
+import gc
+import statistics
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from benchmarks._report import add_out, median_seconds, write_report
+from benchmarks._floors import copy_rates, two_forwards_s
+from benchmarks._report import add_out, write_report
+from zo2trl.engine.heads import deferring_logits, hook_heads
 from zo2trl.engine.opening import EngineOptions, open_engine
-from zo2trl.tiers.placement import Budgets
+from zo2trl.engine.step import Engine
+from zo2trl.tiers.placement import Budgets, parse_size
 
-SIZES = {"125m": (12, 768, 12), "1.3b": (24, 2048, 32), "6.7b": (32, 4096, 32), "13b": (40, 5120, 40)}
+# blocks, hidden size, feed-forward size, heads
+OPT = {
+    "opt-125m": (12, 768, 3072, 12), "opt-1.3b": (24, 2048, 8192, 32), "opt-6.7b": (32, 4096, 16384, 32),
+    "opt-13b": (40, 5120, 20480, 40), "opt-30b": (48, 7168, 28672, 56),
+}  # fmt: skip
+LLAMA = {"llama-1b": (16, 2048, 8192, 32), "llama-8b": (32, 4096, 14336, 32)}
 LINKS = ("h2d", "d2h", "disk_read", "disk_written")
 EVERYTHING = 1 << 40
+STEADY = 4  # steps before measuring: kernels compile, the ring fills, the first write-backs happen
 
 MODES: dict[str, dict[str, Any]] = {
-    "resident": {"budgets": Budgets(device=EVERYTHING, cpu=0)},
-    "streamed from host memory": {"budgets": Budgets(device="min", cpu=EVERYTHING)},
-    "streamed from host memory, written back every step": {
-        "budgets": Budgets(device="min", cpu=EVERYTHING), "write_back_every": 1,
-    },
-    "streamed from disk": {"budgets": Budgets(device="min", cpu=0)},
-}  # fmt: skip
+    "resident": {"device": EVERYTHING, "cpu": 0},
+    "streamed": {"device": "min", "cpu": EVERYTHING},
+    "written": {"device": "min", "cpu": EVERYTHING, "write_back_every": 1},
+    "directions": {"device": "min", "cpu": EVERYTHING, "num_directions": 2},
+    "batches": {"device": "min", "cpu": EVERYTHING, "n_batches": 4},
+    "lora": {"device": "min", "cpu": EVERYTHING, "lora": True},
+    "disk": {"device": "min", "cpu": 0},
+}
 
 
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="1.3b")
+    parser.add_argument("--model", choices=[*OPT, *LLAMA], default="opt-1.3b")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["resident", "streamed", "written"])
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--direction", default="rademacher")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounding", choices=["nearest", "stochastic"])
+    parser.add_argument("--granularity", default="block")
+    parser.add_argument("--write_back_every", type=int)
+    parser.add_argument("--device_memory", nargs="*", default=[], help="budgets to use in place of the mode's own")
+    parser.add_argument("--cpu_memory")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--store", type=Path, help="folder for stores; for the disk mode, on the disk to measure")
     add_out(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
+    torch.backends.cuda.matmul.allow_tf32 = False
 
-    ids = torch.randint(4, 50000, (1, options.tokens), device="cuda")
-    forwards_s = two_forwards_s(make_model(options.size).cuda(), ids, repeats=options.repeats)
-    rows = {
-        mode: run(make_model(options.size), ids, mode=MODES[mode], options=options, forwards_s=forwards_s)
-        for mode in MODES
-    }
-    write_report(
-        options.out, model=f"OPT-{options.size}", tokens=options.tokens, direction=options.direction,
-        two_forwards_ms=forwards_s * 1e3, host_to_device_gb_s=copy_gb_s(), modes=rows,
-    )  # fmt: skip
+    ids = torch.randint(4, 32000, (1, options.tokens), device="cuda")
+    model = make_model(options)
+    floors = {"two_forwards_ms": two_forwards_s(model, ids, repeats=options.repeats) * 1e3, **copy_rates()}
+    del model
+    rows = {}
+    for name in options.modes:
+        for budget in options.device_memory or [None]:
+            mode = dict(MODES[name]) | ({"device": parse_size(budget, argument="--device_memory")} if budget else {})
+            label = f"{name} {budget}" if budget else name
+            rows[label] = run(ids, mode=mode, options=options, floors=floors)
+            print(label, rows[label], flush=True)
+    write_report(options.out, model=options.model, tokens=options.tokens, floors=floors, modes=rows)
 
 
-def make_model(size: str) -> OPTForCausalLM:
-    """Random bf16 weights, made on the GPU and moved to the host."""
-    n_blocks, hidden, heads = SIZES[size]
-    config = OPTConfig(
-        hidden_size=hidden, ffn_dim=4 * hidden, num_hidden_layers=n_blocks, num_attention_heads=heads,
-        word_embed_proj_dim=hidden, max_position_embeddings=2048, use_cache=False,
-    )  # fmt: skip
+def make_model(options: argparse.Namespace) -> nn.Module:
+    """Random weights on the GPU."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = OPTForCausalLM(config).to(torch.bfloat16)
-    return model.cpu().eval()
+    if options.model in OPT:
+        n_blocks, hidden, wide, heads = OPT[options.model]
+        config: Any = OPTConfig(
+            hidden_size=hidden, ffn_dim=wide, num_hidden_layers=n_blocks, num_attention_heads=heads,
+            word_embed_proj_dim=hidden, max_position_embeddings=2048, use_cache=False,
+        )  # fmt: skip
+        model_class: Any = OPTForCausalLM
+    else:
+        n_blocks, hidden, wide, heads = LLAMA[options.model]
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=wide, num_hidden_layers=n_blocks, num_attention_heads=heads,
+            num_key_value_heads=8, max_position_embeddings=8192, use_cache=False,
+        )  # fmt: skip
+        model_class = LlamaForCausalLM
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, options.dtype))
+    try:
+        with torch.device("cuda"):
+            return model_class(config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
-def two_forwards_s(model: OPTForCausalLM, ids: torch.Tensor, *, repeats: int) -> float:
-    """Two forwards with a loss, nothing else."""
-
-    def forwards() -> None:
-        with torch.no_grad():
-            for _ in range(2):
-                model(input_ids=ids, labels=ids)
-
-    return median_seconds(forwards, repeats=repeats, warm_up=2)
-
-
-def copy_gb_s() -> float:
-    """Pinned host memory to the device, 512 MiB at once."""
-    host = torch.empty(1 << 29, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty_like(host, device="cuda")
-    return host.numel() / median_seconds(lambda: device.copy_(host, non_blocking=True), repeats=5, warm_up=2) / 1e9
-
-
-def run(
-    model: OPTForCausalLM, ids: torch.Tensor, *, mode: dict[str, Any], options: argparse.Namespace, forwards_s: float
-) -> dict[str, Any]:
-    """One mode: steady state after three steps."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder:
+@contextmanager
+def opened(model: nn.Module, mode: dict[str, Any], options: argparse.Namespace) -> Iterator[Engine]:
+    """An engine in a folder of its own. Nothing is kept of the first weights: they can be drawn again."""
+    cpu = parse_size(options.cpu_memory, argument="--cpu_memory") if options.cpu_memory else mode["cpu"]
+    with tempfile.TemporaryDirectory(dir=options.store) as folder:
         engine = open_engine(
             model,
             EngineOptions(
-                device=torch.device("cuda"), store_dir=Path(folder) / "store", seed=0, granularity="block",
-                direction=options.direction, **mode,
+                budgets=Budgets(device=mode["device"], cpu=cpu), device=torch.device("cuda"), seed=0,
+                store_dir=Path(folder) / "store", granularity=options.granularity, direction=options.direction,
+                rounding=options.rounding, num_directions=mode.get("num_directions", 1),
+                write_back_every=options.write_back_every or mode.get("write_back_every", "auto"),
+                base_folder="random weights of benchmarks/step_gpu.py",
             ),
         )  # fmt: skip
-        steps = iter(range(1 << 30))
+        engine.on_shutdown += [handle.remove for handle in hook_heads(model)]
+        try:
+            yield engine
+        finally:
+            engine.shutdown(flush=False)
+
+
+def run(
+    ids: torch.Tensor, *, mode: dict[str, Any], options: argparse.Namespace, floors: dict[str, float]
+) -> dict[str, Any]:
+    """One mode in its steady state."""
+    model = make_model(options)
+    if mode.get("lora"):
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
+    n_batches = mode.get("n_batches", 1)
+    started_s = time.perf_counter()
+    with opened(model, mode, options) as engine:
+        opened_s = time.perf_counter() - started_s
+        gc.collect()
+        torch.cuda.empty_cache()
+        numbers = iter(range(1 << 30))
+
+        def loss() -> torch.Tensor:
+            with deferring_logits():
+                return model(input_ids=ids, labels=ids).loss
 
         def step() -> None:
-            engine.step([lambda: model(input_ids=ids, labels=ids).loss], step=next(steps))
+            engine.step([loss] * n_batches, step=next(numbers))
             engine.commit(learning_rate=1e-6, weight_decay=0.0)
 
-        step_s = median_seconds(step, repeats=options.repeats, warm_up=3)
-        n_steps = options.repeats + 3
+        for _ in range(STEADY):
+            step()
+        torch.cuda.reset_peak_memory_stats()
+        before = dict(engine.store.traffic)
+        step_s = []
+        for _ in range(options.repeats):
+            started_s = time.perf_counter()
+            step()
+            step_s.append(time.perf_counter() - started_s)
+        n_bytes = {link: (engine.store.traffic[link] - before.get(link, 0)) / options.repeats for link in LINKS}
+        free, total = torch.cuda.mem_get_info()
         row = {
-            "step_ms": step_s * 1e3,
-            "over_two_forwards": step_s / forwards_s,
-            "tokens_per_second": ids.numel() / step_s,
-            "bytes_per_step": {link: engine.store.traffic[link] / n_steps for link in LINKS},
+            "step_ms": statistics.median(step_s) * 1e3,
+            "slowest_step_ms": max(step_s) * 1e3,
+            "tokens_per_second": n_batches * ids.numel() / statistics.median(step_s),
+            "bytes_per_step": n_bytes,
             "allocator_peak_bytes": torch.cuda.max_memory_allocated(),
+            "device_used_bytes": total - free,
+            "cpu_tier_bytes": engine.store.placement.cpu_bytes,
+            "anonymous_bytes": psutil.Process().memory_info().rss - psutil.Process().memory_info().shared,
             "store": engine.store.summary(),
+            "opened_s": opened_s,
         }
-        engine.shutdown()
+    compute_ms = floors["two_forwards_ms"] * n_batches * mode.get("num_directions", 1)
+    link_ms = n_bytes["h2d"] / floors["up_gb_s"] / 1e6
+    # What goes down shares the link with what comes up: measured both at once, each way gets less.
+    duplex_ms = max(n_bytes["h2d"], n_bytes["d2h"]) / floors["each_way_gb_s"] / 1e6
+    row |= {
+        "over_compute": row["step_ms"] / compute_ms,
+        "over_upload": row["step_ms"] / link_ms if link_ms else None,
+        "over_duplex": row["step_ms"] / duplex_ms if n_bytes["d2h"] else None,
+    }
     return row
 
 

@@ -11,10 +11,10 @@ from zo2trl.errors import StoreError
 from zo2trl.tiers.fs import FS
 
 RECORDED = {"create", "write_some", "sync_data", "sync_folder", "rename", "unlink", "remove", "make_dir"}
-MADE_OF_RECORDED = {"write_at", "write_text_atomically", "sync_tree"}
+MADE_OF_RECORDED = {"write_at", "write_atomically", "write_text_atomically", "sync_tree"}
 CHANGE_NOTHING_THAT_SURVIVES = {
     "read_some", "read_at", "read_text", "list_names", "exists", "free_bytes", "open", "close", "size", "map",
-    "map_open", "lock",
+    "map_open", "lock", "open_direct", "can_read_direct",
 }  # fmt: skip
 
 

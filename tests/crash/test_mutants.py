@@ -120,10 +120,11 @@ def replay_from_the_step_before(patch: Patch) -> None:
 def replay_applied_twice(patch: Patch) -> None:
     original = replay.catch_up
 
-    def catch_up(weights, segment, records, *, position, rule) -> bool:
-        again = position < len(records)
-        changed = original(weights, segment, records, position=position, rule=rule)
-        return original(weights, segment, records[-1:], position=0, rule=rule) if again and changed else changed
+    def catch_up(weights, segment, records, *, position, rule, **probes) -> bool:
+        if position < len(records):
+            original(weights, segment, records, position=position, rule=rule)
+            position = len(records) - 1
+        return original(weights, segment, records, position=position, rule=rule, **probes)
 
     patch.setattr(store, "catch_up", catch_up)
 
@@ -131,9 +132,9 @@ def replay_applied_twice(patch: Patch) -> None:
 def a_record_skipped(patch: Patch) -> None:
     original = replay.catch_up
 
-    def catch_up(weights, segment, records, *, position, rule) -> bool:
+    def catch_up(weights, segment, records, *, position, rule, **probes) -> bool:
         return original(
-            weights, segment, records, position=min(position + (len(records) > 3), len(records)), rule=rule
+            weights, segment, records, position=min(position + (len(records) > 3), len(records)), rule=rule, **probes
         )
 
     patch.setattr(store, "catch_up", catch_up)

@@ -5,11 +5,12 @@ in-memory reference that absorbed the same records one by one.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.support import processes
 from tests.support.crash_fs import CrashFS, CrashImage
 from tests.support.durable import (
     Action,
@@ -24,7 +25,6 @@ from tests.support.durable import (
     steps,
     visit,
 )
-from tests.support.processes import in_memory, single_threaded
 
 TRAINING = [*steps(1, 12), Action("flush")]
 # Weights from outside, history taken back, over the end of a process.
@@ -48,17 +48,7 @@ SETUPS = {
     "everything in memory": Setup(tiers=("gpu", "cpu", "cpu", "gpu"), snapshot=2),
 }
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_threaded():
-        yield
-
-
-@pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    with in_memory(tmp_path) as folder:
-        yield folder
+one_thread, tmp_path = processes.one_thread, processes.tmp_path_in_memory
 
 
 class Trial:

@@ -22,9 +22,8 @@ from tests.support.toys import (
 from zo2trl.engine.step import MAX_SKIPS_IN_A_ROW
 from zo2trl.errors import MarchError, TrainingDiverged
 from zo2trl.zo.mezo import MezoSeeds
-from zo2trl.zo.noise import derive_seed
+from zo2trl.zo.noise import derive_seed, direction_seed
 from zo2trl.zo.records import SkipRecord, StepRecord
-from zo2trl.zo.rules import direction_seed
 
 EXACT = {"zo_eps": 2.0**-3}  # with weights in eighths every fp32 operation of the quadratic is exact
 

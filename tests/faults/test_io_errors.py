@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import processes
 from tests.support.crash_fs import CrashFS
 from tests.support.durable import (
     Action,
@@ -29,7 +30,6 @@ from tests.support.durable import (
     visit,
 )
 from tests.support.faulty_fs import FAULTS, INVISIBLE, FaultyFS
-from tests.support.processes import in_memory, single_threaded
 from zo2trl.errors import ZO2TRLError
 
 LIFE = [*steps(1, 1), Action("replace", 1), *steps(2, 2), Action("back", 1), *steps(2, 2), Action("reopen")]
@@ -37,17 +37,7 @@ LIFE += [Action("flush")]
 SETUP = Setup(write_back=1, snapshot=2)
 SLOWEST_S = 10.0
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_threaded():
-        yield
-
-
-@pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    with in_memory(tmp_path) as folder:
-        yield folder
+one_thread, tmp_path = processes.one_thread, processes.tmp_path_in_memory
 
 
 class QuickFaultyFS(FaultyFS, QuickFS):

@@ -134,7 +134,7 @@ def test_an_address_space_that_is_too_small_is_an_error_and_loses_nothing(tmp_pa
     """For real: the process may not grow any further."""
 
     def work(report: Report) -> None:
-        setup = Setup(n_slots=2)
+        setup = Setup()
         player = Player(setup, tmp_path / "store", fs=QuickFS())
         player.play(steps(1, 3))
         gc.collect()

@@ -159,11 +159,13 @@ def test_a_script_exits_as_its_caller_expects_and_says_why(number: int, tmp_path
         line = process.stdout.readline()
         process.send_signal(number)
         started_s = time.perf_counter()
-        errors = process.stderr.read()
-        code = process.wait(MAX_EXIT_S)
+        try:
+            _, errors = process.communicate(timeout=MAX_EXIT_S)
+        finally:
+            process.kill()  # the block would wait for one that does not listen
     assert line == "{'step': 1}\n", errors
     assert time.perf_counter() - started_s <= MAX_EXIT_S
-    assert code == (143 if number == TERM else -INT)  # a shell shows the latter as 130
+    assert process.returncode == (143 if number == TERM else -INT)  # a shell shows the latter as 130
     assert f"{signal.Signals(number).name}: training stops here" in errors
     assert errors.count("Traceback") == (0 if number == TERM else 1), errors
 
@@ -295,6 +297,32 @@ def test_a_stop_that_a_destructor_swallowed_takes_effect_at_the_next_step(tmp_pa
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         assert len(trainer.engine.store.records) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_such_a_stop_takes_effect_in_the_middle_of_an_evaluation(tmp_path: Path) -> None:
+    n_taken = 0
+
+    class Swallows:
+        def __del__(self) -> None:
+            signal.raise_signal(TERM)
+
+    class Dropping(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_evaluate = True
+
+        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+            nonlocal n_taken
+            n_taken += 1
+            if n_taken == 2:
+                Swallows()
+
+    with closing(trainer_of(tmp_path, max_steps=2, per_device_eval_batch_size=1)) as trainer:
+        trainer.eval_dataset = trainer.train_dataset
+        trainer.add_callback(Dropping())
+        with pytest.raises(SystemExit) as caught:
+            trainer.train()
+    assert (caught.value.code, n_taken) == (143, 2)
 
 
 # -- the context manager by itself

@@ -175,7 +175,7 @@ def test_a_store_with_a_damaged_unit_is_refused_whatever_its_tier_and_nothing_is
 
 
 def test_a_file_that_is_cut_while_the_store_is_open_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
-    setup = Setup(n_slots=2)
+    setup = Setup()
     a_store(tmp_path / "store", setup)
     with setup.opened(tmp_path / "store", mode="continue", fs=QuickFS()) as store:
         for path in (tmp_path / "store" / "units").iterdir():

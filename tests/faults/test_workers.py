@@ -13,7 +13,7 @@ from tests.support.faulty_fs import FAULTS, FaultyFS
 from tests.support.processes import single_threaded
 from zo2trl.errors import StoreError
 from zo2trl.tiers import waiting
-from zo2trl.tiers.disk import DiskHome
+from zo2trl.tiers.disk import DiskReading
 from zo2trl.tiers.staging import Staging
 from zo2trl.tiers.unit_files import UnitFiles
 
@@ -73,10 +73,10 @@ def test_an_error_of_any_disk_call_in_a_worker_reaches_the_trainer_at_once(tmp_p
 
 
 WORK: dict[str, tuple[type, str]] = {
-    "reading": (DiskHome, "read"),
+    "reading": (DiskReading, "fill"),
     "uploading": (Staging, "upload"),
     "drafting": (UnitFiles, "create"),
-    "writing": (UnitFiles, "write"),
+    "writing": (UnitFiles, "write_pieces"),
     "publishing": (QuickFS, "sync_folder"),
 }
 

@@ -1,12 +1,14 @@
 """Runs on a real GPU survive: continued with the same bits, exported on another kind of device with the same bits."""
 
 import hashlib
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +121,11 @@ def test_running_out_of_gpu_memory_says_so_and_leaves_a_sound_run(
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
 
     with monkeypatch.context() as patch:
-        target = {"forward": "torch.nn.functional.linear", "perturb": "zo2trl.zo.rules.UpdateRule.perturb",
-                  "replay": "zo2trl.zo.rules.UpdateRule.replay"}[what]  # fmt: skip
+        if what == "forward":
+            patch.setattr("torch.nn.functional.linear", fail)
+        else:
+            patch.setattr("zo2trl.zo.rules.UpdateRule.visit", failing_visit(fail, what=what))
         with pytest.raises(torch.OutOfMemoryError) as caught:
-            # The first step is journaled, so that the second has something to replay.
-            patch.setattr(target, fail) if what != "replay" else patch.setattr(target, later(fail, after=1))
             train(tmp_path / "store", range(3, 5), budgets=budgets, mode="continue")
     assert "device_memory" in " ".join(caught.value.__notes__)
     with Journal.open(tmp_path / "store" / "journal", read_only=True) as journal:
@@ -133,22 +135,23 @@ def test_running_out_of_gpu_memory_says_so_and_leaves_a_sound_run(
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
 
 
-def later(fail: Any, *, after: int) -> Any:
+def failing_visit(fail: Callable[[], None], *, what: str) -> Any:
+    """`UpdateRule.visit` that fails where it makes probes, or where it catches up with a step of this process."""
     from zo2trl.zo.rules import UpdateRule
 
-    real, calls = UpdateRule.replay, []
+    real, n_caught_up = UpdateRule.visit, itertools.count(1)
 
-    def replay(self: UpdateRule, *args: Any, **kwargs: Any) -> None:
-        calls.append(1)
-        if len(calls) > after:
+    def visit(self: UpdateRule, weights: Any, spans: Any, records: Any, **named: Any) -> None:
+        if (what == "perturb" and named.get("probes")) or (what == "replay" and records and next(n_caught_up) > 1):
             fail()
-        real(self, *args, **kwargs)
+        real(self, weights, spans, records, **named)
 
-    return replay
+    return visit
 
 
 CHILD = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tests.support.models import tiny_model, tiny_rows
 from tests.support.runs import zo_trainer

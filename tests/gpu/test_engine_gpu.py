@@ -58,7 +58,7 @@ def some_in_every_tier(model: nn.Module, folder: Path, *, granularity: str) -> B
     )  # fmt: skip
     plan = plan_engine(model, options)
     block = max(unit.n_bytes for unit in plan.layout.units if not unit.is_resident)
-    return Budgets(device=plan.placement.device_bytes + plan.placement.slot_bytes + block, cpu=2 * block)
+    return Budgets(device=plan.placement.device_bytes + plan.placement.largest_segment_bytes + block, cpu=2 * block)
 
 
 def assert_same(one: tuple, other: tuple) -> None:

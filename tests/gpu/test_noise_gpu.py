@@ -40,6 +40,25 @@ def test_gpu_bits_equal_cpu_bits(kind, shape, seed):
     assert torch.equal(filled(kind, seed, tiles, "cuda"), filled(kind, seed, tiles, "cpu"))
 
 
+def test_all_65536_deviates_are_met_and_equal():
+    tiles = TileMap.for_tensors([(2, 512 * TILE)])
+    computed = filled("gaussian", 21, tiles, "cuda")
+    assert torch.equal(computed, filled("gaussian", 21, tiles, "cpu"))
+    assert len(computed.unique()) == 65536
+
+
+def test_debug_mode_and_other_numbers_of_warps_change_no_deviate():
+    from zo2trl.zo import noise_triton
+
+    tiles = TileMap.for_tensors([(5, 3 * TILE)])
+    wanted = filled("gaussian", 4, tiles, "cpu")
+    for options in ({"num_warps": 1}, {"num_warps": 16}, {"debug": True}, {"enable_fp_fusion": False}):
+        out = torch.full((len(tiles) * TILE,), float("nan"), device="cuda")
+        rows, key = tiles.on_device(out.device), noise_triton.signed_key(4)
+        noise_triton._gaussian_kernel[(len(tiles),)](out, *rows, *key, **options)
+        assert torch.equal(out.view(torch.int32).cpu(), wanted)
+
+
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian", "rounding"])
 def test_tiles_far_inside_a_huge_tensor_match_the_cpu(kind):
     one = TileMap.for_tensors([(4, 6 * TILE)])

@@ -20,7 +20,8 @@ from zo2trl.tiers.folder import StoreFolder
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.layout import Layout, TensorSpec
 from zo2trl.tiers.placement import Placement, TierName
-from zo2trl.tiers.store import Rhythm, TieredStore
+from zo2trl.tiers.rhythm import Rhythm
+from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import carve
 from zo2trl.zo.records import Record, SkipRecord, StepRecord
 from zo2trl.zo.rules import UpdateRule
@@ -79,7 +80,6 @@ class Setup:
     snapshot: int = 3
     sync_every: int = 1
     rule: UpdateRule = field(default_factory=rule)
-    n_slots: int = 2
 
     def open(self, path: Path, *, mode: Mode = "begin", fs: FS = LOCAL, seed: int = 0) -> TieredStore:
         """Open the store in `path`, as `open_engine` would."""
@@ -120,8 +120,8 @@ class Setup:
         tier_of = {unit.index: tier for unit, tier in zip(self.layout.units, self.tiers, strict=True)}
         streamed = [s.n_bytes for s in self.layout.segments if tier_of[s.unit.index] != "gpu"]
         return Placement(
-            tier_of=tier_of, n_slots=self.n_slots if streamed else 0, slot_bytes=max(streamed, default=0),
-            scratch_bytes=0, device_bytes=0, cpu_bytes=0,
+            tier_of=tier_of, ring_bytes=2 * max(streamed, default=0), largest_segment_bytes=max(streamed, default=0),
+            scratch_bytes=0, scratch_copies=1, device_bytes=0, cpu_bytes=0,
         )  # fmt: skip
 
 

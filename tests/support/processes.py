@@ -51,6 +51,13 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """`single_threaded` for every test of a module that has this fixture."""
+    with single_threaded():
+        yield
+
+
 class Child:
     """A forked process and what it reported, one JSON value a line."""
 
@@ -177,6 +184,13 @@ def in_memory(instead_of: Path) -> Iterator[Path]:
         return
     with TemporaryDirectory(dir="/dev/shm", prefix="zo2trl-tests-") as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def tmp_path_in_memory(tmp_path: Path) -> Iterator[Path]:
+    """To be called `tmp_path` in a module: `in_memory` for its tests."""
+    with in_memory(tmp_path) as folder:
+        yield folder
 
 
 def enter_private_mounts() -> None:

@@ -13,7 +13,7 @@ from transformers import default_data_collator
 from tests.support.tokenizer import SUBJECTS, VERDICTS, tiny_tokenizer
 from zo2trl import ZOConfig, ZOSFTConfig, ZOSFTTrainer, ZOTrainer
 from zo2trl.engine.opening import plan_engine
-from zo2trl.tiers.placement import RING_SLOTS, Placement
+from zo2trl.tiers.placement import RING_SEGMENTS, Placement
 
 QUIET: dict[str, Any] = {
     "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no",
@@ -86,7 +86,8 @@ def budgets_for_all_tiers(trainer_of: Callable[..., Any], granularity: str) -> d
     plan = plan_engine(trainer.model, trainer._options())
     blocks = [unit.n_bytes for unit in plan.layout.units if unit.kind == "block"]
     placement: Placement = plan.placement
-    device = placement.device_bytes + (RING_SLOTS - placement.n_slots) * placement.slot_bytes + max(blocks)
+    full_ring = RING_SEGMENTS * placement.largest_segment_bytes
+    device = placement.device_bytes + full_ring - placement.ring_bytes + max(blocks)
     return {"device_memory": device, "cpu_memory": 2 * max(blocks), "granularity": granularity}
 
 

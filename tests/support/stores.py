@@ -16,7 +16,8 @@ from zo2trl.tiers.journal import Journal
 from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit, VisitPoint, plan_layout
 from zo2trl.tiers.logbook import Logbook
 from zo2trl.tiers.placement import Budgets, Placement, place
-from zo2trl.tiers.store import Rhythm, TieredStore
+from zo2trl.tiers.rhythm import Rhythm
+from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.three import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
 from zo2trl.zo.noise import TILE, TileMap, make_noise

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from zo2trl.errors import CheckpointError, ShortRead, StoreCorrupt, StoreError, StoreLocked
-from zo2trl.tiers.fs import FS, LOCAL, inside
+from zo2trl.tiers.fs import FS, LOCAL
+from zo2trl.tiers.paths import inside
 
 ROOT = Path(__file__).resolve().parents[2]
 

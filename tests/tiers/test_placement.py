@@ -21,6 +21,7 @@ from zo2trl.tiers.placement import (
     spread,
     write_back_interval,
 )
+from zo2trl.tiers.ring import ALIGNMENT
 
 PLENTY = 1 << 40
 leaves = st.lists(st.integers(1, 6), min_size=1, max_size=4)
@@ -33,9 +34,13 @@ twins = st.builds(lambda block, n: synthetic_layout([block] * n), leaves, st.int
 def bytes_needed(layout, placement):
     """Device bytes of a placement, counted anew from its parts."""
     resident = sum(unit.n_bytes for unit in layout.units if placement.tier_of[unit.index] == "gpu")
-    streamed = [s for s in layout.segments if placement.tier_of[s.unit.index] != "gpu"]
-    ring = placement.n_slots * max((s.n_bytes for s in streamed), default=0)
-    return resident + ring + max(scratch_bytes(point) for point in layout.points)
+    scratch = max(scratch_bytes(point) for point in layout.points)
+    return resident + placement.ring_bytes + placement.scratch_copies * scratch
+
+
+def passing(layout, placement):
+    """Bytes of the segments that are streamed."""
+    return [s.n_bytes for s in layout.segments if placement.tier_of[s.unit.index] != "gpu"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -49,7 +54,7 @@ def test_a_placement_never_exceeds_its_budgets(layout, share, cpu_share):
     except BudgetError:
         pytest.fail("a budget above the smallest was refused")
     assert placement.device_bytes <= device
-    assert bytes_needed(layout, placement) <= placement.device_bytes
+    assert bytes_needed(layout, placement) == placement.device_bytes
     in_cpu = sum(unit.n_bytes for unit in layout.units if placement.tier_of[unit.index] == "cpu")
     assert in_cpu == placement.cpu_bytes <= cpu
     assert set(placement.tier_of) == {unit.index for unit in layout.units}
@@ -61,7 +66,7 @@ def test_a_placement_never_exceeds_its_budgets(layout, share, cpu_share):
 def test_everything_is_resident_when_it_fits(layout):
     fits = sum(unit.n_bytes for unit in layout.units) + max(map(scratch_bytes, layout.points))
     placement = place(layout, Budgets(device=fits, cpu=0))
-    assert set(placement.tier_of.values()) == {"gpu"} and placement.n_slots == 0
+    assert set(placement.tier_of.values()) == {"gpu"} and placement.ring_bytes == 0
     assert placement.device_bytes == fits
 
 
@@ -140,12 +145,78 @@ def test_resident_blocks_lie_evenly_between_streamed_ones(layout, share):
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def test_a_wider_ring_is_taken_where_there_is_room():
+def test_a_longer_ring_is_taken_where_there_is_room():
     layout = synthetic_layout([[4]] * 6)
     smallest = smallest_device_budget(layout)
-    one_more = layout.segments[1].n_bytes
-    assert place(layout, Budgets(device=smallest, cpu=0)).n_slots == 2
-    assert place(layout, Budgets(device=smallest + one_more, cpu=0)).n_slots == 3
+    block = layout.segments[1].n_bytes
+    for spare, ring_bytes in [(0, 2 * block), (ALIGNMENT + 1, 2 * block + ALIGNMENT), (block, 3 * block)]:
+        assert place(layout, Budgets(device=smallest + spare, cpu=0)).ring_bytes == ring_bytes
+
+
+@settings(max_examples=150, deadline=None)
+@given(layout=layouts, share=st.floats(0, 1.2))
+def test_a_ring_holds_two_of_the_largest_streamed_segments_and_three_where_blocks_are_resident(layout, share):
+    device = smallest_device_budget(layout) + int(share * sum(unit.n_bytes for unit in layout.units))
+    placement = place(layout, Budgets(device=device, cpu=0))
+    streamed = passing(layout, placement)
+    assert placement.largest_segment_bytes == max(streamed, default=0)
+    assert min(2 * placement.largest_segment_bytes, sum(streamed)) <= placement.ring_bytes <= sum(streamed)
+    if streamed and any(placement.tier_of[unit.index] == "gpu" for unit in layout.units[1:]):
+        assert placement.ring_bytes >= min(3 * placement.largest_segment_bytes, sum(streamed))
+    assert placement.ring_bytes % ALIGNMENT == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(layout=twins, share=st.floats(0, 1.5))
+def test_a_second_copy_of_the_scratch_is_kept_where_no_further_block_fits(layout, share):
+    device = smallest_device_budget(layout) + int(share * sum(unit.n_bytes for unit in layout.units))
+    placement = place(layout, Budgets(device=device, cpu=0))
+    assert placement.scratch_copies in (1, 2)
+    spare = device - placement.device_bytes
+    if placement.scratch_copies == 1 and placement.ring_bytes >= 3 * placement.largest_segment_bytes:
+        assert spare < placement.scratch_bytes
+    one_copy = placement.device_bytes - (placement.scratch_copies - 1) * placement.scratch_bytes
+    growth = max(placement.ring_bytes - 3 * placement.largest_segment_bytes, 0)
+    if placement.units_in("disk"):
+        block = layout.units[1].n_bytes
+        assert device - (one_copy - growth) < block, "residency comes first"
+
+
+def test_frozen_models_need_no_scratch_and_no_second_copy():
+    layout = synthetic_layout([[4]] * 6, trainable=False)
+    placement = place(layout, Budgets(device=PLENTY, cpu=0))
+    assert placement.scratch_bytes == 0 and placement.scratch_copies == 1
+
+
+def test_min_asks_for_one_copy_and_the_shortest_ring():
+    layout = synthetic_layout([[4, 1]] * 6)
+    placement = place(layout, Budgets(device="min", cpu=0))
+    assert placement.scratch_copies == 1 and placement.ring_bytes == 2 * placement.largest_segment_bytes
+
+
+@settings(max_examples=100, deadline=None)
+@given(layout=layouts, share=st.floats(0, 1.2), reserve=st.integers(0, 10**6))
+def test_a_reserve_is_left_free_whatever_is_placed(layout, share, reserve):
+    device = smallest_device_budget(layout, reserve=reserve) + int(share * sum(u.n_bytes for u in layout.units))
+    budgets = Budgets(device=device, cpu=0, reserve=reserve)
+    placement = place(layout, budgets)
+    assert placement.device_bytes <= device - reserve
+    assert placement == place(layout, Budgets(device=device - reserve, cpu=0))
+    assert place_again(layout, placement, budgets) == placement
+
+
+def test_a_reserve_that_makes_it_too_much_is_named_with_the_way_out():
+    layout = synthetic_layout([[4]] * 6)
+    smallest = smallest_device_budget(layout)
+    place(layout, Budgets(device=smallest + 999, cpu=0, reserve=999))
+    wanted = rf"1,000 bytes of it are kept free for activations\. Without them .*works is {smallest + 1000:,} bytes"
+    with pytest.raises(BudgetError, match=wanted):
+        place(layout, Budgets(device=smallest + 999, cpu=0, reserve=1000))
+    with pytest.raises(BudgetError, match=r"kept free for activations\. The smallest"):
+        place(layout, Budgets(device=smallest - 1, cpu=0, reserve=1000))
+    homes = place(layout, Budgets(device=smallest, cpu=0))
+    with pytest.raises(BudgetError, match="1,000 bytes of it are kept free for activations"):
+        place_again(layout, homes, Budgets(device=smallest + 999, cpu=0, reserve=1000))
 
 
 def whole(layout):
@@ -225,8 +296,45 @@ def test_sizes_are_written_short(n_bytes, text):
     assert format_bytes(n_bytes) == text
 
 
+# ---------------------------------------------------------------------------------------------------- write-back
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_slower_homes_are_written_less_often_and_never_more_than_the_limit(itemsize, device):
-    cpu, disk = (write_back_interval(tier=tier, device_type=device, itemsize=itemsize) for tier in ("cpu", "disk"))
+@pytest.mark.parametrize("token_passes", [0, 256, 4096, 16384, 1 << 17, 1 << 24])
+def test_slower_homes_are_written_less_often_and_never_more_than_the_limit(itemsize, device, token_passes):
+    cpu, disk = (
+        write_back_interval(tier=tier, device_type=device, itemsize=itemsize, token_passes=token_passes)
+        for tier in ("cpu", "disk")
+    )
     assert 1 <= cpu <= disk <= MAX_WRITE_BACK_INTERVAL
+
+
+def interval(**changes):
+    """For a bf16 model streamed from host memory to a GPU, two probes of 2,048 tokens."""
+    asked = {"tier": "cpu", "device_type": "cuda", "itemsize": 2, "token_passes": 2 * 2048, **changes}
+    return write_back_interval(**asked)
+
+
+def test_a_step_that_waits_for_the_link_writes_seldom():
+    assert 4 <= interval() <= 8
+
+
+def test_a_step_that_computes_longer_than_it_moves_writes_every_time():
+    assert interval(token_passes=4 * 2 * 2048) == 1, "four micro-batches"
+    assert interval(token_passes=4 * 2 * 2048, num_directions=4) == 1, "four directions"
+
+
+def test_two_directions_hide_less_replay_than_one():
+    assert 1 < interval(token_passes=2 * 2 * 2048, num_directions=2) < interval()
+
+
+@given(st.lists(st.integers(0, 1 << 16), min_size=2, max_size=2).map(sorted), st.integers(1, 8))
+def test_the_more_is_computed_in_a_visit_the_less_is_left_to_replay_in_host_memory(passes, num_directions):
+    few, many = (interval(token_passes=n, num_directions=num_directions) for n in passes)
+    assert few >= many
+
+
+def test_a_drive_is_spared_where_that_costs_nothing():
+    assert interval(tier="disk") == MAX_WRITE_BACK_INTERVAL
+    assert interval(tier="disk", token_passes=1 << 19) > 1

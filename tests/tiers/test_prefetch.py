@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.stores import CPU, streamed_segments
+from tests.support.stores import CPU, streamed_segments, synthetic_layout
+from zo2trl.errors import BudgetError, MarchError
 from zo2trl.tiers.prefetch import Prefetcher
 
 SEGMENTS = streamed_segments(6)
@@ -32,10 +33,12 @@ class Homes:
 
 
 class Ring:
-    def __init__(self, n_slots, order=SEGMENTS):
+    """A ring that holds `n_slots` of the order's largest segments."""
+
+    def __init__(self, n_slots, order=SEGMENTS, *, on_disk=lambda segment: False):
         self.homes = Homes()
-        n_bytes = SEGMENTS[0].n_bytes
-        self.fetcher = Prefetcher(order, self.homes, n_slots=n_slots, slot_bytes=n_bytes, device=CPU)
+        ring_bytes = int(n_slots * max(segment.n_bytes for segment in order))
+        self.fetcher = Prefetcher(order, self.homes, ring_bytes=ring_bytes, device=CPU, on_disk=on_disk)
 
     def visit(self, segment, *, after=None):
         fetch, position = self.fetcher.take(segment)
@@ -129,8 +132,9 @@ def test_what_was_fetched_before_a_drop_is_fetched_again(ring):
     ring.settle()
     ring.fetcher.drop()
     before = ring.homes.loaded.count(2)
-    ring.visit(SEGMENTS[1])
+    fetch, _ = ring.fetcher.take(SEGMENTS[1])
     assert ring.homes.loaded.count(2) == before + 1
+    ring.fetcher.give_back(fetch)
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -222,3 +226,75 @@ def test_a_discarded_load_that_is_still_running_cannot_reach_the_next_tenant():
             ring.visit(SEGMENTS[i])
         for segment in SEGMENTS:
             ring.visit(segment)
+
+
+# ------------------------------------------------------------------------------------------------ segments of any size
+
+LEAVES = synthetic_layout([[1, 4, 4, 2], [1, 6, 1, 3], [2, 2, 5]]).segments[1:]
+
+
+def address(fetch):
+    return fetch.wire.data_ptr()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, len(LEAVES) - 1), max_size=25), st.sampled_from([1, 1.5, 2, 2.5, 3, 20]))
+def test_leaves_of_any_size_come_with_the_right_bytes_in_any_order(visits, size):
+    with Ring(size, order=LEAVES) as ring:
+        for i in visits:
+            ring.visit(LEAVES[i])
+        for segment in LEAVES * 2:
+            ring.visit(segment)
+
+
+@pytest.mark.parametrize("size", [1, 2, 2.5, 3])
+def test_a_segment_has_the_same_address_in_every_round_whatever_was_asked_for_in_between(size):
+    with Ring(size, order=LEAVES) as ring:
+        addresses: dict[int, set[int]] = {segment.index: set() for segment in LEAVES}
+        for detour in ([], LEAVES[3:7], [], LEAVES[::-2], []):
+            for segment in [*LEAVES, *detour]:
+                fetch, _ = ring.fetcher.take(segment)
+                assert fetch.wire.numel() == segment.n_bytes
+                addresses[segment.index].add(address(fetch))
+                ring.fetcher.give_back(fetch)
+        assert {len(seen) for seen in addresses.values()} == {1}
+
+
+def test_small_segments_take_little_room_so_many_are_fetched_ahead():
+    order = synthetic_layout([[1] * 8 + [8]]).segments[1:]
+    with Ring(2, order=order) as ring:
+        fetch, _ = ring.fetcher.take(order[0])
+        assert [ahead.segment for ahead in ring.fetcher._ahead] == order[1:], "a ring of two slots would hold one"
+        ring.fetcher.give_back(fetch)
+
+
+def test_a_new_order_of_a_march_is_fetched_before_anybody_asks():
+    with Ring(2) as ring:
+        ring.visit(SEGMENTS[0])
+        ring.fetcher.expect(SEGMENTS[::-1])
+        assert [fetch.segment for fetch in ring.fetcher._ahead] == [SEGMENTS[5], SEGMENTS[4]]
+        for segment in SEGMENTS[::-1]:
+            ring.visit(segment)
+
+
+def test_a_segment_that_is_larger_than_the_ring_is_an_error_at_once():
+    with pytest.raises(BudgetError, match="Raise `device_memory`"):
+        Ring(0.5, order=LEAVES)
+    with Ring(1, order=SEGMENTS) as ring:
+        ring.visit(SEGMENTS[0])
+        with pytest.raises(BudgetError, match="Raise `device_memory`"):
+            ring.fetcher.take(LEAVES[5])
+        with pytest.raises(BudgetError, match="Raise `device_memory`"):
+            ring.fetcher.expect(LEAVES)
+        ring.visit(SEGMENTS[1])
+
+
+def test_more_lent_at_once_than_the_ring_holds_is_an_error_and_not_a_wait():
+    with Ring(2) as ring:
+        held = [ring.fetcher.take(segment)[0] for segment in SEGMENTS[:2]]
+        with pytest.raises(MarchError, match="leave no room"):
+            ring.fetcher.take(SEGMENTS[2])
+        assert all(bool((fetch.wire == i).all()) for i, fetch in enumerate(held, start=1))
+        for fetch in held:
+            ring.fetcher.give_back(fetch)
+        ring.visit(SEGMENTS[2])

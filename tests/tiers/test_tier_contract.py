@@ -166,6 +166,22 @@ def test_a_view_outlives_the_tier(rig):
     assert torch.equal(view, before)
 
 
+def test_a_dropped_unit_is_gone_its_views_stay_readable_and_it_may_come_back(rig):
+    unit, other = rig.units[:2]
+    view, others = rig.tier.view(unit), rig.tier.view(other).clone()
+    before = view.clone()
+    rig.tier.drop(unit)
+    rig.tier.drop(unit)
+    with pytest.raises(KeyError):
+        rig.tier.view(unit)
+    assert torch.equal(view, before) and torch.equal(rig.tier.view(other), others)
+    if isinstance(rig.tier, DiskTier):
+        rig.tier.move_in(unit, rig.tier._files.newest(unit))
+    else:
+        rig.tier.adopt(unit, source_of(rig.model))
+    assert torch.equal(rig.tier.view(unit), before)
+
+
 @pytest.mark.parametrize("name", TIERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_units_are_kept_bit_for_bit(name, dtype, tmp_path):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from tests.support.stores import record, rule
 from zo2trl.zo import rules
-from zo2trl.zo.noise import TILE, TileMap, derive_seed, make_noise
+from zo2trl.zo.noise import TILE, TileMap, derive_seed, direction_seed, make_noise
 from zo2trl.zo.records import SkipRecord
-from zo2trl.zo.rules import Span, UpdateRule, direction_seed
+from zo2trl.zo.rules import Displaced, Span, UpdateRule
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -70,6 +70,24 @@ def test_perturbing_reads_clean_bytes_only_and_leaves_padding_zero(numels, dtype
     rule().perturb(clean, scratch, [span], seed=seed, coefficient=coefficient)
     assert torch.equal(clean, before)
     assert torch.count_nonzero(span.view(scratch)[is_padding(span)]) == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(numels=numels, dtype=st.sampled_from(DTYPES), rounding=st.sampled_from(["nearest", "stochastic"]),
+       n_records=st.integers(0, 3), in_place=st.booleans())  # fmt: skip
+def test_one_visit_does_what_replaying_and_perturbing_twice_do(numels, dtype, rounding, n_records, in_place):
+    span = span_of(numels, dtype)
+    records = [record(i) for i in range(n_records)]
+    clean = replayed(random_buffer(span), span, records, rounding=rounding)
+    wanted = [torch.zeros_like(clean) for _ in range(2)]
+    for into, coefficient in zip(wanted, (1e-2, -1e-2), strict=True):
+        rule(rounding).perturb(clean, into, [span], seed=5, coefficient=coefficient)
+    weights = random_buffer(span)
+    plus, minus = torch.zeros_like(weights), weights if in_place else torch.zeros_like(weights)
+    probes = [Displaced(5, 1e-2, plus), Displaced(5, -1e-2, minus)]
+    rule(rounding).visit(weights, [span], records, probes=probes, keep=not in_place)
+    assert torch.equal(plus, wanted[0]) and torch.equal(minus, wanted[1])
+    assert in_place or torch.equal(weights, clean)
 
 
 def test_frozen_tensors_between_spans_are_neither_perturbed_nor_updated():

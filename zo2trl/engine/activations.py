@@ -1,7 +1,7 @@
-"""How many passes may be alive at once: what suspended passes hold in memory, bounded by shapes.
+"""What passes hold in device memory beside weights, bounded by shapes: before anything was measured.
 
-Does not: measure. A suspended pass holds its hidden states, masks and position embeddings; the block that runs holds
-its own intermediates, but only one pass runs at a time.
+Does not: measure (fitting.py does). A suspended pass holds its hidden states, masks and position embeddings; the block
+that runs holds its own intermediates, but only one pass runs at a time.
 """
 
 from collections.abc import Mapping
@@ -10,27 +10,64 @@ from typing import Any
 import torch
 from torch import nn
 
+from zo2trl.engine.deferred import CHUNK_ROWS
 from zo2trl.tiers.machine import free_device_bytes
+from zo2trl.tiers.placement import Budgets, smallest_device_budget
 from zo2trl.tiers.store import TieredStore
 
-__all__ = ["passes_per_march"]
+__all__ = ["activation_bytes", "n_tokens", "passes_per_march"]
 
 HELD_STATES = 6  # hidden states, residual, masks and what generic code keeps, in units of one hidden state in fp32
+BLOCK_STATES = 16  # of the running block: projections, attention, both sides of the feed-forward and its activation
+LOGIT_BYTES = 12  # a logit in 16 bit, in fp32, and as a log-probability
+ATTENTION_BYTES = 8  # an attention score in 16 bit, and in fp32 for the softmax
 FREE_SHARE = 0.5  # of the free memory: the running block and the head need the rest
 MAX_PASSES = 256
 
 
-def passes_per_march(store: TieredStore, model: nn.Module, inputs: Mapping[str, Any]) -> int:
+def passes_per_march(
+    store: TieredStore, model: nn.Module, inputs: Mapping[str, Any], *, budgets: Budgets | None = None
+) -> int:
     """An upper bound on passes for one march, from the shape of one micro-batch; at least 1."""
-    held = HELD_STATES * 4 * _tokens(inputs) * _hidden_size(model)
-    return min(max(int(free_device_bytes(store.device) * FREE_SHARE) // max(held, 1), 1), MAX_PASSES)
+    room = free_device_bytes(store.device)
+    if budgets is not None and budgets.device != "min":
+        room = min(room, budgets.device - smallest_device_budget(store.layout))
+    held = HELD_STATES * 4 * n_tokens(inputs) * _hidden_size(model)
+    return min(max(int(room * FREE_SHARE) // max(held, 1), 1), MAX_PASSES)
 
 
-def _tokens(inputs: Mapping[str, Any]) -> int:
+def activation_bytes(
+    model: nn.Module, inputs: Mapping[str, Any], *, n_passes: int, whole_logits: bool = False
+) -> int:
+    """More than so many passes over one micro-batch hold in memory, most likely."""
+    tokens, hidden = n_tokens(inputs), _hidden_size(model)
+    text = _text_config(model)
+    held = n_passes * HELD_STATES * 4 * tokens * hidden
+    running = BLOCK_STATES * 4 * tokens * max(hidden, (getattr(text, "intermediate_size", 0) or 4 * hidden) // 4)
+    vocabulary = getattr(text, "vocab_size", None) or 1
+    logits = LOGIT_BYTES * vocabulary * (n_passes * tokens if whole_logits else min(tokens, CHUNK_ROWS))
+    scores = 0
+    if getattr(text, "_attn_implementation", None) == "eager":
+        heads = getattr(text, "num_attention_heads", None) or 1
+        scores = ATTENTION_BYTES * heads * tokens * _length(inputs)
+    return held + max(running + scores, logits)
+
+
+def n_tokens(inputs: Mapping[str, Any]) -> int:
+    """Elements of the largest tensor of a micro-batch: its tokens, padding included."""
     return max((value.numel() for value in inputs.values() if isinstance(value, torch.Tensor)), default=1)
 
 
-def _hidden_size(model: nn.Module) -> int:
+def _length(inputs: Mapping[str, Any]) -> int:
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim]
+    return max((tensor.shape[-1] for tensor in tensors), default=1)
+
+
+def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _hidden_size(model: nn.Module) -> int:
+    text = _text_config(model)
     return getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or 4096

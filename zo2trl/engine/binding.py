@@ -75,7 +75,7 @@ class Binding:
         """Make a point's parameters unreadable: a hook that was missed shows as NaN, not as stale weights."""
         for segment in point.segments:
             for spec in segment.tensors:
-                self._parameters[spec.tensor_id].data = self._nan(spec)
+                self._parameters[spec.tensor_id].data = self._poisons[spec.tensor_id]
 
     def poison_all(self) -> None:
         """Start of a march."""
@@ -201,16 +201,15 @@ class Binding:
             known = self._rest_views[unit_index] = (version, views)
         return known[1]
 
-    def _nan(self, spec: TensorSpec) -> torch.Tensor:
-        nan = self._nans.get(spec.dtype)
-        if nan is None:
-            fill = float("nan") if spec.dtype.is_floating_point else torch.iinfo(spec.dtype).min
-            nan = self._nans[spec.dtype] = torch.full((), fill, dtype=spec.dtype, device=self._store.device)
-        return nan.expand(spec.shape)
-
     @cached_property
-    def _nans(self) -> dict[torch.dtype, torch.Tensor]:
-        return {}
+    def _poisons(self) -> dict[int, torch.Tensor]:
+        """NaN for every tensor, by its id: views of one number a dtype."""
+        specs = [spec for unit in self.layout.units for spec in unit.tensors]
+        nans: dict[torch.dtype, torch.Tensor] = {}
+        for dtype in {spec.dtype for spec in specs}:
+            fill = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+            nans[dtype] = torch.full((), fill, dtype=dtype, device=self._store.device)
+        return {spec.tensor_id: nans[spec.dtype].expand(spec.shape) for spec in specs}
 
 
 def _followed_by(after: Callable[[], None]) -> Callable[[Forward, Arguments], Any]:

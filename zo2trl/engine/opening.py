@@ -31,7 +31,7 @@ from zo2trl.tiers.placement import (
     snapshot_interval,
     write_back_interval,
 )
-from zo2trl.tiers.store import Rhythm
+from zo2trl.tiers.rhythm import Rhythm
 from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import TwoSidedSPSA
 from zo2trl.zo.mezo import MezoNoise, MezoSeeds, device_kind
@@ -59,6 +59,7 @@ class EngineOptions:
         rounding: "nearest", "stochastic", or None for stochastic where a trainable tensor is stored in 16 bit.
         update_along: see `UpdateRule`; an experimenter's choice (benchmarks/noise.py).
         write_back_every: steps between write-backs of a unit, or "auto".
+        tokens_per_step: about how many tokens a step's micro-batches have in all; for `write_back_every="auto"`.
         granularity: "block", "leaf", or "auto": leaves only where blocks do not fit.
         decay_names: parameters that weight decay applies to.
         dtypes: storage dtypes of parameters to cast while adopting.
@@ -79,6 +80,7 @@ class EngineOptions:
     rounding: Rounding | None = None
     update_along: UpdateAlong = "drawn"
     write_back_every: int | Literal["auto"] = "auto"
+    tokens_per_step: int = 2048
     granularity: Granularity = "auto"
     decay_names: Collection[str] = ()
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
@@ -247,5 +249,11 @@ def _intervals(layout: Layout, options: EngineOptions) -> dict[TierName, int]:
         if options.write_back_every < 1:
             raise ConfigError(f'`write_back_every` must be at least 1 step or "auto", got {options.write_back_every}.')
         return dict.fromkeys(tiers, options.write_back_every)
-    kind = options.device.type
-    return {tier: write_back_interval(tier=tier, device_type=kind, itemsize=itemsize) for tier in tiers}
+    interval = partial(
+        write_back_interval, device_type=options.device.type, itemsize=itemsize,
+        token_passes=2 * options.num_directions * options.tokens_per_step, num_directions=options.num_directions,
+    )  # fmt: skip
+    # In a GPU's own memory, storing signs' steps every other time and replaying two at once takes the least time.
+    found: dict[TierName, int] = {tier: interval(tier=tier) for tier in tiers}
+    found["gpu"] = 2 if options.device.type == "cuda" and options.direction == "rademacher" else 1
+    return found

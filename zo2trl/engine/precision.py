@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["fp32_heads"]
+__all__ = ["fp32_heads", "output_embeddings"]
 
 
 def fp32_heads(model: nn.Module) -> list[RemovableHandle]:
@@ -20,18 +20,28 @@ def fp32_heads(model: nn.Module) -> list[RemovableHandle]:
     return [head.register_forward_hook(_widen) for head in heads]
 
 
-def _heads(model: nn.Module) -> Iterator[nn.Module]:
-    """Children beside the base model, and the output embedding where the model is its own base."""
-    modules: Iterator[Any] = model.modules()
-    for module in modules:
-        prefix = getattr(module, "base_model_prefix", None)
-        if prefix is None or not hasattr(module, "get_output_embeddings"):
-            continue
+def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """What projects hidden states to logits over the vocabulary, of every transformers model in this one."""
+    for module in _transformers_models(model):
         output = module.get_output_embeddings()
         if output is not None:
             yield output
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """Output embeddings, and everything beside a base model."""
+    yield from output_embeddings(model)
+    for module in _transformers_models(model):
+        prefix = module.base_model_prefix
         if hasattr(module, prefix):
             yield from (child for name, child in module.named_children() if name != prefix)
+
+
+def _transformers_models(model: nn.Module) -> Iterator[Any]:
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if getattr(module, "base_model_prefix", None) is not None and hasattr(module, "get_output_embeddings"):
+            yield module
 
 
 def _widen(module: nn.Module, inputs: Any, output: Any) -> Any:

@@ -29,7 +29,9 @@ from zo2trl.tiers.layout import Layout, Unit
 from zo2trl.tiers.layout_file import base_digest, read_layout, write_layout
 from zo2trl.tiers.logbook import Logbook
 from zo2trl.tiers.placement import Placement, TierName
-from zo2trl.tiers.store import Rhythm, TieredStore
+from zo2trl.tiers.rhythm import Rhythm
+from zo2trl.tiers.store import TieredStore
+from zo2trl.tiers.stored_run import mismatches
 from zo2trl.tiers.three import Tiers
 from zo2trl.tiers.tier import Source
 from zo2trl.tiers.unit_files import CRC_BYTES, UnitFiles
@@ -147,11 +149,8 @@ def _continue(
     undo.callback(journal.close)
     _refuse_other_run(journal.header, run, folder)
     stored = read_layout(folder.layout, fs=fs)
-    if base_digest(run.layout, stored.base_crcs) != journal.header.get("base"):
-        raise StoreForeign(
-            f"{folder.layout} does not belong to {folder.journal}: the checksums of the first weights differ. Restore "
-            "both from the same copy."
-        )
+    for problem in mismatches(folder, journal.header, stored):
+        raise StoreForeign(problem)
     files = UnitFiles(folder.units, fs=fs)
     files.attach(journal, run.layout.units)
     if read_only:

@@ -2,8 +2,8 @@
 
 Does not: know what a batch, a trainer or a file is. A caller hands in closures that each return one loss.
 
-Invariant: weights stay clean. A probe's weights exist in scratch only, and a step touches the store in one way: by
-appending its record.
+Invariant: weights at home stay clean. A probe's weights exist in scratch and in ring slots about to be refilled only,
+and a step touches the store in one way: by appending its record.
 """
 
 import logging
@@ -18,16 +18,17 @@ import torch
 from torch import nn
 
 from zo2trl.engine.binding import Binding, Forward
+from zo2trl.engine.displacing import Displacer
 from zo2trl.engine.lockstep import Pass, current_pass, march
 from zo2trl.errors import LossPrecisionError, MarchError, TrainingDiverged
 from zo2trl.tiers.interrupts import let_interrupts_in, uninterrupted
 from zo2trl.tiers.layout import Layout, VisitPoint
 from zo2trl.tiers.placement import Placement
+from zo2trl.tiers.spans import spanned
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import CLEAN, Estimate, Probe, TwoSidedSPSA
 from zo2trl.zo.records import Record, SkipRecord, StepRecord
-from zo2trl.zo.rules import direction_seed
 
 __all__ = ["MAX_SKIPS_IN_A_ROW", "Engine"]
 
@@ -64,7 +65,7 @@ class Engine:
         self._pending: _Pending | None = None
         self._n_skips = _skips_at_end(store.journal.records)
         self.visited: list[int] = []  # indices of the points the last march served, in order
-        self._scratch: torch.Tensor | None = None
+        self._displacer = Displacer(store)
         self.on_shutdown: list[Callable[[], Any]] = []  # what callers did to the model, to be undone
         self._bind()
 
@@ -157,12 +158,18 @@ class Engine:
         self.binding.put_to_rest()
 
     def regranulate(self, layout: Layout, placement: Placement) -> None:
-        """Visit the same units at other points (whole blocks, leaves)."""
+        """Visit the same units at other points (whole blocks, leaves), or let them live elsewhere."""
         self._adopt_changes()  # what was written into the views up to here would not be seen through new ones
         self.binding.unhook()
-        self.store.regranulate(layout, placement)
-        self._scratch = None
-        self._bind()
+        self._displacer.free()
+        try:
+            self.store.regranulate(layout, placement)
+        finally:
+            self._bind()
+
+    def take_scratch(self) -> None:
+        """Allocate what the first step would: for those who measure."""
+        self._displacer.scratch()
 
     def shutdown(self, *, flush: bool = True) -> None:
         """Absorb every step, take the hooks off and close the store; idempotent.
@@ -174,7 +181,7 @@ class Engine:
             if flush:
                 self.flush()
             self.binding.unhook()
-            self._scratch = None
+            self._displacer.free()
             self.store.close()
             for undo in self.on_shutdown:
                 undo()
@@ -183,6 +190,7 @@ class Engine:
 
     # Signals wait while parameters are bound or poisoned: what they point to would be taken for a user's new weights.
     @uninterrupted
+    @spanned("march", lambda engine, runs, **_: f"{len(runs)} passes")
     def _march(self, runs: Sequence[tuple[Closure, Probe]], *, seed: int) -> list[Any]:
         if current_pass() is not None:
             raise MarchError("A march was started from inside another march: a loss closure must only run the model.")
@@ -211,40 +219,21 @@ class Engine:
             error.add_note(_memory_note(self.store))
             raise
 
+    @spanned("visit", lambda engine, index, *_: engine.store.layout.points[index].module_name or "rest")
     def _serve(self, index: int, waiting: Sequence[Pass], seed: int) -> None:
         let_interrupts_in()  # between two visits nothing is lent
         point = self.store.layout.points[index]
         self.visited.append(index)
-        with self.store.lease(point) as clean:
-            for probe in dict.fromkeys(p.probe for p in waiting):
-                self.binding.bind(point, clean, perturbed=self._perturbed(point, clean, probe, seed=seed))
-                for one in waiting:
-                    if one.probe == probe:
-                        one.resume()
+        probes = list(dict.fromkeys(one.probe for one in waiting))
+        with self.store.lend(point) as loans:
+            weights = [loan.weights for loan in loans]
+            for round_ in self._displacer.rounds(loans, probes, seed=seed):
+                for probe, displaced in round_:
+                    self.binding.bind(point, weights, perturbed=displaced)
+                    for one in waiting:
+                        if one.probe == probe:
+                            one.resume()
             self.binding.poison(point)
-
-    def _perturbed(
-        self, point: VisitPoint, clean: Sequence[torch.Tensor], probe: Probe, *, seed: int
-    ) -> list[torch.Tensor | None]:
-        if probe.coefficient == 0.0:
-            return [None] * len(clean)
-        if self._scratch is None:
-            n_bytes = self.store.placement.scratch_bytes
-            self._scratch = torch.empty(n_bytes, dtype=torch.uint8, device=self.store.device)
-        moved: list[torch.Tensor | None] = []
-        start = 0
-        for segment, weights in zip(point.segments, clean, strict=True):
-            if not segment.is_trainable:
-                moved.append(None)
-                continue
-            into = self._scratch[start : start + segment.n_bytes]
-            start += segment.n_bytes
-            self.store.rule.perturb(
-                weights, into, segment.spans,
-                seed=direction_seed(seed, probe.direction), coefficient=probe.coefficient,
-            )  # fmt: skip
-            moved.append(into)
-        return moved
 
     def _expect_the_same_again(self) -> None:
         points = self.store.layout.points

@@ -1,20 +1,25 @@
-"""Host tier: units in one exact-size arena of main memory, pinned when the execution device is a GPU.
+"""Host tier: units in main memory, each in a buffer of exactly its size, pinned when the execution device is a GPU.
 
-torch rounds every pinned tensor up to a power of two, which would waste up to half of the memory; one arena registered
-with CUDA costs exactly what the placement promised.
-Invariant: a unit keeps its place in the arena for the life of the tier.
+torch rounds every pinned tensor up to a power of two, which would waste up to half of the memory; buffers registered
+with CUDA cost exactly what the placement promised.
+Invariant: a unit's buffer keeps its address as long as the unit lives here.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from zo2trl.errors import StoreError
 from zo2trl.tiers.layout import Segment, Unit
-from zo2trl.tiers.tier import Pieces, Source, tensor_view
+from zo2trl.tiers.readers import aligned_bytes
+from zo2trl.tiers.tier import Pieces, Source, copy_pieces, tensor_view
 
 __all__ = ["HostTier", "pin", "unpin"]
+
+N_TOUCHING = 16  # threads that make the kernel find pages for a buffer: registering it takes half the time after that
+TOUCHED_BYTES = 64 << 20  # at a time
 
 
 def pin(buffer: torch.Tensor) -> None:
@@ -28,7 +33,7 @@ def pin(buffer: torch.Tensor) -> None:
 
 
 def unpin(buffer: torch.Tensor) -> None:
-    """Undo `pin`."""
+    """Undo `pin`. No copy may use the memory any more."""
     _cudart().cudaHostUnregister(buffer.data_ptr())
 
 
@@ -36,43 +41,49 @@ def _cudart() -> Any:
     return torch.cuda.cudart()
 
 
+def _pinned_bytes(n_bytes: int) -> torch.Tensor:
+    buffer = aligned_bytes(n_bytes)
+    if n_bytes:
+        with ThreadPoolExecutor(N_TOUCHING) as threads:
+            list(threads.map(torch.Tensor.zero_, buffer.split(TOUCHED_BYTES)))
+        pin(buffer)
+    return buffer
+
+
 class HostTier:
-    """Homes of units in main memory."""
+    """Homes of units in main memory; those of `units` are reserved at once, so that a machine that is too small is
+    found out before anything is moved."""
 
     name = "cpu"
 
-    _arena: torch.Tensor | None
-    _starts: dict[int, int]
+    _buffers: dict[int, torch.Tensor]
 
-    def __init__(self, units: Sequence[Unit], *, pinned: bool) -> None:
-        self._starts = {}
-        total = 0
-        for unit in units:
-            self._starts[unit.index] = total
-            total += unit.n_bytes
-        self._arena = torch.zeros(total, dtype=torch.uint8)
-        self._pinned = pinned and total > 0
-        if self._pinned:
-            pin(self._arena)
+    def __init__(self, units: Sequence[Unit] = (), *, pinned: bool) -> None:
+        self._buffers = {}
+        self._pinned = pinned
+        try:
+            for unit in units:
+                self._reserve(unit)
+        except BaseException:
+            self.close()
+            raise
 
     def adopt(self, unit: Unit, source: Source) -> None:
-        """Fill the unit's place in the arena."""
-        home = self.view(unit)
+        """Reserve, if that was not done yet, and fill."""
+        home = self._reserve(unit)
         for spec in unit.tensors:
             tensor_view(home, spec).copy_(source(spec))
 
     def fill(self, unit: Unit, pieces: Pieces) -> None:
-        """Fill the unit's place with the bytes of a unit file."""
-        home = self.view(unit)
-        for start, piece in pieces:
-            home[start : start + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+        """Reserve, if that was not done yet, and fill with the bytes of a unit file."""
+        copy_pieces(pieces, self._reserve(unit))
 
     def weights(self, segment: Segment) -> torch.Tensor:
         """The segment's bytes in place, ready for an asynchronous copy when pinned."""
         return self.view(segment.unit)[segment.byte_start : segment.byte_start + segment.n_bytes]
 
     def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
-        """Copy into the arena, from host or device memory."""
+        """Overwrite in place, from host or device memory."""
         self.weights(segment).copy_(data)
         return True
 
@@ -84,16 +95,27 @@ class HostTier:
         """Nothing is ever half written here."""
 
     def view(self, unit: Unit) -> torch.Tensor:
-        """The unit's place in the arena."""
-        assert self._arena is not None, "the tier is closed"
-        start = self._starts[unit.index]
-        return self._arena[start : start + unit.n_bytes]
+        """The buffer itself."""
+        return self._buffers[unit.index]
+
+    def drop(self, unit: Unit) -> None:
+        """Unpin the unit's buffer, which no copy may use any more, and free it as soon as no view of it is left."""
+        buffer = self._buffers.pop(unit.index, None)
+        if buffer is not None and self._pinned and buffer.numel():
+            unpin(buffer)
 
     def close(self) -> None:
-        """Unpin and drop the arena."""
-        if self._arena is not None and self._pinned:
-            unpin(self._arena)
-        self._arena = None
+        """Unpin and drop all buffers."""
+        buffers, self._buffers = self._buffers, {}
+        for buffer in buffers.values():
+            if self._pinned and buffer.numel():
+                unpin(buffer)
+
+    def _reserve(self, unit: Unit) -> torch.Tensor:
+        if unit.index not in self._buffers:
+            new = _pinned_bytes(unit.n_bytes) if self._pinned else torch.zeros(unit.n_bytes, dtype=torch.uint8)
+            self._buffers[unit.index] = new
+        return self._buffers[unit.index]
 
 
 def _nothing() -> None:

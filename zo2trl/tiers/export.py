@@ -185,21 +185,8 @@ def _appearing(out: Path, fs: FS) -> Generator[Path, None, None]:
             fs.remove(draft)
             raise
         fs.remove(lock.parent)
-        _sync(draft, fs)
+        fs.sync_tree(draft)
         fs.rename(draft, out)
         fs.sync_folder(out.parent)
     finally:
         fs.close(owned)
-
-
-def _sync(folder: Path, fs: FS) -> None:
-    for name in fs.list_names(folder):
-        if (folder / name).is_dir():
-            _sync(folder / name, fs)
-        else:
-            fd = fs.open(folder / name)
-            try:
-                fs.sync_data(fd)
-            finally:
-                fs.close(fd)
-    fs.sync_folder(folder)

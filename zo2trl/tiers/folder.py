@@ -85,7 +85,7 @@ class StoreFolder:
         found = folder._describe() if fs.exists(path / _DESCRIPTION) else None
         if layout_digest is not None and found is not None:
             folder._refuse_other(found, (layout_digest,))
-        if folder._count_steps() == 0 and fs.exists(path / _EARLIER / "journal"):
+        if fs.exists(path / _EARLIER / "journal") and folder._count_steps() == 0:
             folder.path = path / _EARLIER  # the run that would be continued
         if found is None or not fs.exists(folder.journal):
             raise StoreForeign(f"{path} holds no store with a run in it. Check the path.")
@@ -139,7 +139,7 @@ class StoreFolder:
     def recall_run(self) -> bool:
         """Bring a run that was set aside back, unless the present one has steps; whether there is a run now."""
         earlier = self.path / _EARLIER
-        if self._count_steps() == 0 and self._fs.exists(earlier / "journal"):
+        if self._fs.exists(earlier / "journal") and self._count_steps() == 0:
             self._remove_run(self.path)
             self._move_run(earlier, self.path)
         return self._fs.exists(self.journal)

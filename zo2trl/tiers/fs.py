@@ -13,8 +13,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,29 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo2trl.errors import ShortRead, StoreCorrupt, StoreError, StoreLocked
-from zo2trl.tiers.paths import inside
+from zo2trl.tiers.os_errors import free_bytes
+from zo2trl.tiers.os_errors import naming as _naming
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["FS", "LOCAL", "inside"]
+__all__ = ["DIRECT_ALIGNMENT", "FS", "LOCAL"]
+
+DIRECT_ALIGNMENT = 4096
+"""Bytes: what a read past the page cache needs of file offset, memory address and length."""
+
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # the last one: no /proc
 
 MAX_LOCK_TEXT = 512
 MAP_NORESERVE = 0x4000  # Python names it from 3.13 on; the value is Linux's, the same on x86-64 and arm64
-
-_CURES = {
-    errno.EEXIST: "Remove it, or choose another folder.",
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Give this user access, or choose another folder."),
-    errno.EROFS: "The file system is mounted read-only: choose a folder on a writable one.",
-    errno.ENOSPC: "Free some space, or choose a folder on a larger disk.",
-    errno.EDQUOT: "Free some space or ask for a larger quota.",
-    errno.EFBIG: "Raise the file size limit (`ulimit -f`), or choose another file system.",
-    errno.EIO: "The drive reported a failure: check the kernel log before trusting it again. Nothing was retried.",
-    errno.EMFILE: "Raise the limit on open files (`ulimit -n`).",
-    errno.ENOTDIR: "A part of the path is a file: choose another folder.",
-    errno.ELOOP: "The path ends in a symbolic link (or a loop of them): replace it by the real path.",
-    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP), "Choose a folder on a local disk: this file system cannot."),
-}
 
 # Descriptors that hold a lock in this process. The guard is held over every change and over fork(), so that no child
 # can be born between taking a lock and noting it here.
@@ -135,7 +126,7 @@ class FS:
     def free_bytes(self, path: Path) -> int:
         """Bytes an ordinary user can still write to the file system of `path` (which must exist)."""
         with _naming("measure the free space of", path):
-            return _free_bytes(path)
+            return free_bytes(path)
 
     def create(self, path: Path, n_bytes: int) -> int:
         """A descriptor of the new file `path` with `n_bytes` zero bytes reserved on disk.
@@ -159,8 +150,32 @@ class FS:
         with _naming("open", path):
             return _open_regular(path, flags)
 
+    def open_direct(self, fd: int) -> int:
+        """A second descriptor of an open file, for `read_at` past the page cache; only where `can_read_direct`."""
+        with _naming("open for direct reads", fd):
+            return _reopen_direct(fd)
+
+    def can_read_direct(self, fd: int) -> bool:
+        """Whether an open file can be read past the page cache. File systems promise it and refuse: 4096 bytes are
+        read to find out.
+        """
+        with _naming("try a direct read of", fd):
+            try:
+                direct = _reopen_direct(fd)
+                try:
+                    self.read_some(direct, memoryview(mmap.mmap(-1, DIRECT_ALIGNMENT)), 0)
+                finally:
+                    os.close(direct)
+            except InterruptedError:
+                return self.can_read_direct(fd)
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT:
+                    raise
+                return False
+            return True
+
     def close(self, fd: int) -> None:
-        """Close a descriptor from `create`, `open` or `lock` (which frees the lock)."""
+        """Close a descriptor from `create`, `open`, `open_direct` or `lock` (which frees the lock)."""
         with _naming("close", fd), _guard:
             if fd in _held:
                 _held.discard(fd)
@@ -189,8 +204,12 @@ class FS:
                     raise OSError(errno.EIO, "The write made no progress")
                 done += n_written
 
-    def read_at(self, fd: int, into: "Buffer", offset: int, *, path: Path) -> None:
-        """Fill all of `into` (a writable buffer) from byte `offset`; `ShortRead` if the file ends before."""
+    def read_at(self, fd: int, into: "Buffer", offset: int, *, path: Path, direct: int | None = None) -> None:
+        """Fill all of `into` (a writable buffer) from byte `offset`; `ShortRead` if the file ends before.
+
+        With `direct` (from `open_direct`) bytes come past the page cache, but for those that `DIRECT_ALIGNMENT` rules
+        out, as it does the rest of a read that was cut short.
+        """
         view = memoryview(into)
         if not view.nbytes:
             return
@@ -198,9 +217,15 @@ class FS:
         done = 0
         with _naming("read", path):
             while done < len(view):
+                source = direct if direct is not None and _is_aligned(view[done:], offset + done) else fd
                 try:
-                    n_read = self.read_some(fd, view[done:], offset + done)
+                    n_read = self.read_some(source, view[done:], offset + done)
                 except InterruptedError:
+                    continue
+                except OSError as error:
+                    if source != direct or error.errno != errno.EINVAL:
+                        raise
+                    direct = None
                     continue
                 if n_read <= 0:
                     raise ShortRead(
@@ -258,10 +283,13 @@ class FS:
             raise StoreCorrupt(f"{path} is not UTF-8 text at offset {error.start}. Restore it from a copy.") from error
 
     def write_text_atomically(self, path: Path, text: str) -> None:
-        """Replace the text in `path`, durably: whatever happens, the file holds the old text or the new one."""
+        """`write_atomically`, in UTF-8."""
+        self.write_atomically(path, text.encode())
+
+    def write_atomically(self, path: Path, data: bytes) -> None:
+        """Replace what is in `path`, durably: whatever happens, the file holds the old bytes or the new ones."""
         draft = path.with_name(path.name + ".tmp")
         self.unlink(draft, missing_ok=True)  # A crash may have left one; nobody else writes here.
-        data = text.encode()
         fd = self.create(draft, len(data))
         try:
             self.write_at(fd, data, 0)
@@ -295,34 +323,6 @@ class FS:
             time.sleep(0.01)
 
 
-@contextmanager
-def _naming(action: str, where: Path | int, *, n_bytes: int = 0) -> Generator[None, None, None]:
-    """Turn an `OSError` into a `StoreError` with path and cure; with `n_bytes` wanted and free if the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        path = _path_of(where) if isinstance(where, int) else where
-        room = ""
-        if n_bytes and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            with suppress(OSError):
-                room = f" {n_bytes:,} bytes are needed, {_free_bytes(path.parent):,} are free."
-        cure = _CURES.get(error.errno or 0, "Check the path and the file system.")
-        raise StoreError(f"Cannot {action} {path}: {error.strerror} (errno {error.errno}).{room} {cure}") from error
-
-
-def _free_bytes(path: Path) -> int:
-    room = os.statvfs(path)
-    return room.f_bavail * room.f_frsize
-
-
-def _path_of(fd: int) -> Path:
-    """For messages only: the path behind a descriptor, without keeping a table that could go stale."""
-    try:
-        return Path(os.readlink(f"/proc/self/fd/{fd}"))
-    except OSError:
-        return Path(f"descriptor {fd}")
-
-
 def _open_regular(path: Path, flags: int) -> int:
     # O_NONBLOCK: opening a pipe that somebody put in a file's place must fail, not wait for a writer.
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
@@ -330,6 +330,16 @@ def _open_regular(path: Path, flags: int) -> int:
         return fd
     os.close(fd)
     raise StoreError(f"{path} is not a regular file. Move it away, or choose another folder.")
+
+
+def _reopen_direct(fd: int) -> int:
+    # By the descriptor: the file's name may be gone, or another file's by now.
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+
+
+def _is_aligned(view: memoryview, offset: int) -> bool:
+    address = np.frombuffer(view, np.uint8).ctypes.data
+    return (address | offset | len(view)) % DIRECT_ALIGNMENT == 0
 
 
 def _try_lock(path: Path) -> int | None:

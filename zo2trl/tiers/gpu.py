@@ -1,6 +1,6 @@
 """Device tier: units that never leave the execution device ("gpu" also names the main memory of a CPU-only machine).
 
-Invariant: a unit's buffer is allocated once and keeps its address.
+Invariant: a unit's buffer keeps its address as long as the unit lives here.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from zo2trl.tiers.layout import Segment, Unit
-from zo2trl.tiers.tier import Pieces, Source, tensor_view
+from zo2trl.tiers.tier import Pieces, Source, copy_pieces, tensor_view
 
 __all__ = ["DeviceTier"]
 
@@ -34,8 +34,7 @@ class DeviceTier:
     def fill(self, unit: Unit, pieces: Pieces) -> None:
         """Allocate and fill with the bytes of a unit file."""
         buffer = torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device)
-        for start, piece in pieces:
-            buffer[start : start + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+        copy_pieces(pieces, buffer)
         self._buffers[unit.index] = buffer
 
     def weights(self, segment: Segment) -> torch.Tensor:
@@ -57,6 +56,10 @@ class DeviceTier:
     def view(self, unit: Unit) -> torch.Tensor:
         """The buffer itself, on the device."""
         return self._buffers[unit.index]
+
+    def drop(self, unit: Unit) -> None:
+        """Free the unit's buffer, as soon as no view of it is left."""
+        self._buffers.pop(unit.index, None)
 
     def close(self) -> None:
         """Drop the buffers."""

@@ -11,33 +11,33 @@ Invariants:
 - Wholly frozen units are never written, unless somebody changed them from outside.
 """
 
-import logging
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-from zo2trl.errors import StoreCorrupt, StoreError, StoreForeign
-from zo2trl.tiers.cpu import HostTier
-from zo2trl.tiers.disk import DiskTier
-from zo2trl.tiers.gpu import DeviceTier
+from zo2trl.errors import StoreError
+from zo2trl.tiers.disk import DiskReading, DiskTier
+from zo2trl.tiers.first_weights import comparing, noting, refuse_lost_base
 from zo2trl.tiers.journal import UnitRecord
-from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit
+from zo2trl.tiers.layout import Layout, Segment, Unit
 from zo2trl.tiers.placement import Placement, TierName
 from zo2trl.tiers.prefetch import Arrival, Slot
+from zo2trl.tiers.read_ahead import ReadAhead
 from zo2trl.tiers.replay import Ledger
+from zo2trl.tiers.spans import spanned
 from zo2trl.tiers.staging import Staging
-from zo2trl.tiers.three import Tiers
-from zo2trl.tiers.tier import Source, Tier, carve, host_bytes
-from zo2trl.tiers.unit_files import Draft, UnitFiles, padded_crc
-from zo2trl.tiers.waiting import wait_for_all
+from zo2trl.tiers.three import AnyTier, Tiers
+from zo2trl.tiers.tier import Source, carve, copy_pieces, gathered, host_bytes
+from zo2trl.tiers.unit_files import Draft, UnitFiles
+from zo2trl.tiers.write_jobs import WriteJobs, raise_first
 
 __all__ = ["Homes"]
-
-logger = logging.getLogger(__name__)
 
 
 class Homes:
@@ -69,12 +69,12 @@ class Homes:
         self._ledger = Ledger()
         self.spoiled: str | None = None  # what was being done when an error left bytes that no position describes
         self._views: Counter[int] = Counter()  # unit -> how often its home moved to other memory
-        self._writes: dict[int, Future] = {}  # segment -> its newest write-back
-        self._snapshots: list[Future] = []  # and write-backs that a newer one of the same segment has followed
+        self._writes = WriteJobs()
         self._doubtful: set[int] = set()  # segments on disk whose views users may have written to
+        self.will_write_back: Callable[[Segment], bool] = lambda segment: True  # then a load compares every byte
         self._lock = threading.Lock()  # traffic, views and ledger are changed by worker threads, too
         self._staging = Staging(0, device=device)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="zo2trl-write")
+        self._ahead = ReadAhead(self._staging, self._open)
 
     # -- moving in
 
@@ -84,12 +84,7 @@ class Homes:
         With `keep_base`, units with trainable tensors that live in memory are written to files as well.
         """
         crcs: dict[int, int] = {}
-
-        def noted(spec: TensorSpec) -> torch.Tensor:
-            value = source(spec)
-            crcs[spec.tensor_id] = padded_crc(spec, host_bytes(value))
-            return value
-
+        noted = noting(source, crcs)
         for unit in self.layout.units:
             self._tier(unit).adopt(unit, noted)
             if keep_base and unit.is_trained and self.tier_of(unit) != "disk":
@@ -105,37 +100,20 @@ class Homes:
             StoreCorrupt: a version is damaged.
             StoreForeign: `source` gives other weights than those the store was founded on.
         """
-
-        def compared(spec: TensorSpec) -> torch.Tensor:
-            value = source(spec)
-            found = padded_crc(spec, host_bytes(value))
-            if found != base_crcs[spec.tensor_id]:
-                raise StoreForeign(
-                    f"{spec.name} is not what it was when {self.files.folder.parent} was founded (CRC {found:08x}, "
-                    f"then {base_crcs[spec.tensor_id]:08x}), and the run continues from those weights. Load the same "
-                    "model as then, or start anew with another `store_dir`."
-                )
-            return value
-
+        folder = self.files.folder.parent
+        compared = comparing(source, base_crcs, folder)
         for unit in self.layout.units:
             tier, record = self._tier(unit), self.files.newest(unit)
             if record is None:
-                self._refuse_lost_base(unit, has_base=has_base)
+                if not has_base:
+                    refuse_lost_base(unit, folder)
                 tier.adopt(unit, compared)
                 continue
             if isinstance(tier, DiskTier):
                 tier.restore(unit, record)
             else:
-                assert isinstance(tier, (DeviceTier, HostTier))
                 tier.fill(unit, self.files.read_checked(unit, record))
             self._ledger.place(self._segments([unit]), record.position)
-
-    def _refuse_lost_base(self, unit: Unit, *, has_base: bool) -> None:
-        if unit.is_trained and not has_base:
-            raise StoreCorrupt(
-                f"The journal in {self.files.folder.parent} names no version of unit {unit.name}, whose first weights "
-                "are nowhere else: it was cut or replaced. Restore the journal from a copy."
-            )
 
     # -- looking
 
@@ -169,44 +147,80 @@ class Homes:
     # -- moving
 
     def cut_anew(self, layout: Layout, placement: Placement) -> None:
-        """The same units in other segments. Every unit must be at one position."""
+        """The same units in other segments, and in other tiers where the placement says so; see `move`."""
         for unit in self.layout.units:
-            position = self._position_of(unit)
-            assert position is not None, "a unit is cut anew when all of it is at one position"
-            self._ledger.place(self._segments([unit]), position)
+            self._ledger.place(self._segments([unit]), self._one_position_of(unit))
+        # What leaves the device makes room for what comes.
+        for unit in sorted(self.layout.units, key=lambda unit: placement.tier_of[unit.index] == "gpu"):
+            self.move(unit, placement.tier_of[unit.index])
         self.layout, self.placement = layout, placement
+        self.doubt_views()
+
+    def move(self, unit: Unit, to: TierName) -> None:
+        """Give a unit a home in another tier. If that fails, it keeps the one it has.
+
+        All of it must be at one position, nothing of it lent, fetched ahead or being written; parameters that show its
+        bytes keep the old memory alive until they are put to rest anew.
+
+        Raises:
+            StoreError, torch.OutOfMemoryError: there is no room for it.
+        """
+        position, old, new = self._one_position_of(unit), self._tier(unit), self._tiers[to]
+        if new is old:
+            return
+        try:
+            if isinstance(new, DiskTier):
+                new.move_in(unit, self._filed(unit, position))
+            elif isinstance(old, DiskTier):
+                new.fill(unit, self.files.read_checked(unit, old.home(unit).record))
+            else:
+                new.adopt(unit, partial(carve, old.view(unit)))
+        except BaseException:
+            new.drop(unit)
+            raise
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a copy that nobody waits for any more may still read the old home
+        with self._lock:
+            self.placement = replace(self.placement, tier_of={**self.placement.tier_of, unit.index: to})
+            self._views[unit.index] += 1
+        old.drop(unit)
 
     def make_staging(self, slot_bytes: int) -> None:
-        """Host buffers for segments that come from or go to disk."""
+        """Host memory for segments that come from or go to disk."""
         self._staging.close()
-        self._staging = Staging(slot_bytes if self.placement.units_in("disk") else 0, device=self._device)
+        on_disk = [self.layout.units[index].n_bytes for index in self.placement.units_in("disk")]
+        ahead_bytes = max(on_disk, default=0) if self.placement.units_in("cpu") else 0
+        self._staging = Staging(slot_bytes if on_disk else 0, device=self._device, ahead_bytes=ahead_bytes)
+        self._ahead = ReadAhead(self._staging, self._open)
+
+    def read_ahead(self, upcoming: Iterable[Segment]) -> None:
+        """See `ReadAhead.announce`."""
+        self._ahead.announce(upcoming)
 
     def load(self, segment: Segment, slot: Slot) -> Arrival:
         """Home -> slot, in a fetch thread."""
-        write = self._writes.get(segment.index)
-        if write is not None:
-            # A host unit is about to change in place. If the write fails, the march's end says so: the home and its
-            # position are still what they were.
-            wait([write])
-        on_disk = self.tier_of(segment.unit) == "disk"
-        with self._lock:  # one snapshot: a new version may be published while we copy the old one
-            position = self._ledger.position(segment)
-            disk_home = self._tiers.disk.home(segment.unit) if on_disk else None
         target = slot.buffer[: segment.n_bytes]
-        if disk_home is None:
-            self._staging.upload(self._tiers.cpu.weights(segment), target, slot)
-            self._count(h2d=segment.n_bytes)
-            return Arrival(position)
-        is_doubtful, written_to = segment.index in self._doubtful, False
+        if self.tier_of(segment.unit) == "disk":
+            reading = self._ahead.load(segment, target, slot)
+            self._count(disk_read=segment.n_bytes, h2d=segment.n_bytes if self._device.type != "cpu" else 0)
+            return Arrival(reading.position, reading.was_written_to, reading.is_checked)
+        self._wait_for_write(segment)
+        position = self.position(segment)
+        self._staging.upload(self._tiers.cpu.weights(segment), target, slot)
+        self._count(h2d=segment.n_bytes)
+        return Arrival(position)
 
-        def read(into: memoryview) -> None:
-            nonlocal written_to
-            disk_home.read(segment.tensors, into)
-            written_to = is_doubtful and disk_home.was_written_to(segment.tensors, into)
+    def _open(self, segment: Segment) -> DiskReading:
+        self._wait_for_write(segment)
+        with self._lock:  # one snapshot: a new version may be published while we copy the old one
+            position, home = self._ledger.position(segment), self._tiers.disk.home(segment.unit)
+        check_all, beside_view = self.will_write_back(segment), segment.index in self._doubtful
+        return home.reading(segment.tensors, position=position, check_all=check_all, beside_view=beside_view)
 
-        self._staging.read_and_upload(read, target, slot)
-        self._count(disk_read=segment.n_bytes, h2d=segment.n_bytes if self._device.type != "cpu" else 0)
-        return Arrival(position, written_to)
+    def _wait_for_write(self, segment: Segment) -> None:
+        if (write := self._writes.get(segment.index)) is not None:
+            # A host unit is about to change in place. A failure is told by the march's end; home and position agree.
+            wait([write])
 
     def trust_view(self, segment: Segment) -> None:
         """What a load brought was taken: the segment's view needs no second look."""
@@ -218,27 +232,23 @@ class Homes:
 
     def keep_written(self, unit: Unit, *, position: int) -> None:
         """`begin_anew` with what is in a unit's view, beside write-backs of other units."""
-        self._writer.submit(self.begin_anew, [(unit, self.view(unit)[0])], position=position).result()
+        self._writes.now(self.begin_anew, [(unit, self.view(unit)[0])], position=position)
 
     def write_back(self, segment: Segment, weights: torch.Tensor, *, position: int) -> Future:
         """Slot -> home, later, in the writer thread; `weights` must stay until the future is done."""
         ready = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
-        write = self._writer.submit(self._write, segment, weights, position=position, ready=ready)
-        before = self._writes.get(segment.index)
-        self._writes[segment.index] = write
-        if before is not None:
-            self._snapshots.append(before)
-        return write
+        work = partial(self._write, segment, weights, position=position, ready=ready)
+        return self._writes.write_back(segment, work)
 
     def snapshot(self, unit: Unit) -> None:
         """Write a unit that lives in memory to a new version, later, unless it has that version already."""
         if self.tier_of(unit) == "cpu":  # changed by the writer thread only, so it is read there
-            self._snapshots.append(self._writer.submit(self._save_host_unit, unit))
+            self._writes.later(self._save_host_unit, unit)
             return
         position = self._position_of(unit)
         if position is not None and self._is_news(unit, position):
             copied = self.view(unit)[0].to("cpu", copy=True)
-            self._snapshots.append(self._writer.submit(self._save, unit, copied, position=position))
+            self._writes.later(self._save, unit, copied, position=position)
 
     def begin_anew(self, contents: Iterable[tuple[Unit, torch.Tensor]], *, position: int) -> None:
         """Give units bytes (flat uint8, their own views included) that no record leads to: all of them, or none."""
@@ -273,9 +283,7 @@ class Homes:
     def _fill(self, unit: Unit, record: UnitRecord) -> None:
         """A version -> a home in memory, in place."""
         if self.tier_of(unit) != "disk":
-            home = self.view(unit)[0]
-            for start, piece in self.files.read_checked(unit, record):
-                home[start : start + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+            copy_pieces(self.files.read_checked(unit, record), self.view(unit)[0])
 
     def _move_in(self, records: Sequence[UnitRecord]) -> None:
         for record in records:
@@ -289,56 +297,43 @@ class Homes:
 
     def earlier(self, unit: Unit, position: int, *, base: Source) -> tuple[torch.Tensor, int]:
         """A unit's bytes at or before a position, in main memory, and where they are: a version, or the base."""
-        data = torch.zeros(unit.n_bytes, dtype=torch.uint8)
         record = self.files.start_for(unit, position)
         if record is None:
-            for spec in unit.tensors:
-                carve(data, spec).copy_(base(spec))
-            return data, 0
-        for start, piece in self.files.read_checked(unit, record):
-            data[start : start + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+            return gathered(unit, base), 0
+        data = torch.zeros(unit.n_bytes, dtype=torch.uint8)
+        copy_pieces(self.files.read_checked(unit, record), data)
         return data, record.position
 
     # -- waiting
 
     def end_march(self) -> None:
         """Raise what went wrong in finished jobs; the others run on into the next march."""
-        done = [index for index, write in self._writes.items() if write.done()]
-        snapshots = [job for job in self._snapshots if job.done()]
-        self._snapshots = [job for job in self._snapshots if job not in snapshots]
-        _raise_first([*(self._writes.pop(index) for index in done), *snapshots])
+        raise_first(self._writes.take_ended())
 
     def settle(self) -> None:
         """Wait for every job, and forget unit versions that did not get all their leaves in one march."""
-        writes, snapshots = dict(self._writes), self._snapshots
-        names = sorted({s.unit.name for s in self.layout.segments if s.index in writes}) or ["snapshots"]
-        wait_for_all([*writes.values(), *snapshots], what=f"writes of {', '.join(names)}")
-        # Only now: a fetch thread that still loads one of these segments must find the write it has to wait for.
-        for index in writes:
-            del self._writes[index]
-        self._snapshots = []
+        jobs = self._writes.take_all()
         for index in self._ledger.forget_drafts():
             self._tier(self.layout.units[index]).abandon(self.layout.units[index])
-        _raise_first([*writes.values(), *snapshots])
+        raise_first(jobs)
 
     def close(self) -> None:
         """Let running jobs end, drop those that wait (the journal leads there again), release everything."""
         with ExitStack() as everything:
-            everything.callback(self._staging.close)
             everything.callback(self._tiers.close)
-            self._writer.shutdown(wait=True, cancel_futures=True)
-            jobs, self._writes, self._snapshots = [*self._writes.values(), *self._snapshots], {}, []
-            for job in jobs:
-                if not job.cancelled() and (error := job.exception()) is not None:
-                    logger.warning("A unit was not written, and an older version of it is kept: %s", str(error))
+            everything.callback(self._staging.close)  # first: it waits for the copies out of pinned homes
+            self._writes.close()
 
     # -- in the writer thread
 
+    @spanned("write back", lambda homes, segment, *_, **__: segment.unit.name)
     def _write(self, segment: Segment, weights: torch.Tensor, *, position: int, ready: torch.Event | None) -> None:
         tier = self._tier(segment.unit)
-        with self._staging.downloaded(weights, ready) as data:
-            complete = tier.write(segment, data, version=position)
-        on_disk = self.tier_of(segment.unit) == "disk"
+        if on_disk := isinstance(tier, DiskTier):
+            complete = tier.write_pieces(segment, self._staging.download(weights, ready), version=position)
+        else:
+            with self._staging.downloaded(weights, ready) as data:
+                complete = tier.write(segment, data, version=position)
         move_in = tier.publish(segment.unit) if complete else None
         with self._lock:
             self._ledger.draft(segment, position)
@@ -361,15 +356,16 @@ class Homes:
         self.files.publish(self._draft(unit, data, position=position), is_origin=is_origin)
         self._count(disk_written=unit.n_bytes)
 
+    def _filed(self, unit: Unit, position: int) -> UnitRecord:
+        """A version that holds what a unit in memory holds: the newest, or one that is written now."""
+        newest = self.files.newest(unit)
+        if newest is not None and (newest.position == position or not unit.is_trained):
+            return newest
+        self._count(disk_written=unit.n_bytes)
+        return self.files.publish(self._draft(unit, self.view(unit)[0], position=position))
+
     def _draft(self, unit: Unit, data: torch.Tensor, *, position: int) -> Draft:
-        draft = self.files.create(unit, position=position)
-        try:
-            for spec in unit.tensors:
-                self.files.write(draft, [spec], host_bytes(carve(data, spec)))
-        except BaseException:
-            self.files.discard(draft)
-            raise
-        return draft
+        return self.files.draft(unit, lambda spec: host_bytes(carve(data, spec)), position=position)
 
     def _is_news(self, unit: Unit, position: int) -> bool:
         newest = self.files.newest(unit)
@@ -377,7 +373,7 @@ class Homes:
 
     # -- small print
 
-    def _tier(self, unit: Unit) -> Tier:
+    def _tier(self, unit: Unit) -> AnyTier:
         return self._tiers[self.tier_of(unit)]
 
     def _segments(self, units: Collection[Unit]) -> list[Segment]:
@@ -390,11 +386,11 @@ class Homes:
             found = {self._ledger.position(s) for s in self._segments([unit]) if s.is_trainable}
         return found.pop() if len(found) == 1 else None if found else 0
 
+    def _one_position_of(self, unit: Unit) -> int:
+        position = self._position_of(unit)
+        assert position is not None, "all of a unit is at one position when it is cut anew or moved"
+        return position
+
     def _count(self, **n_bytes: int) -> None:
         with self._lock:
             self.traffic.update(n_bytes)
-
-
-def _raise_first(jobs: Iterable[Future]) -> None:
-    for job in jobs:
-        job.result()

@@ -71,7 +71,7 @@ def describe_model(model: nn.Module, folder: Path, *, fs: FS = LOCAL) -> None:
             fs.write_text_atomically(folder / _GENERATION, model.generation_config.to_json_string())
     if constants:
         copies = {name: state[name].detach().cpu().clone().contiguous() for name in sorted(constants)}
-        _write(folder / _BUFFERS, safetensors.torch.save(copies, metadata={"format": "pt"}), fs)
+        fs.write_atomically(folder / _BUFFERS, safetensors.torch.save(copies, metadata={"format": "pt"}))
     described: dict[str, Any] = {
         "format": FORMAT,
         "class": type(model).__name__,
@@ -316,12 +316,3 @@ def _signature(entry: Any) -> dict[str, Any]:
 
 def _key(row: JSON) -> str:
     return json.dumps(row, sort_keys=True)
-
-
-def _write(path: Path, data: bytes, fs: FS) -> None:
-    fd = fs.create(path, len(data))
-    try:
-        fs.write_at(fd, data, 0)
-        fs.sync_data(fd)
-    finally:
-        fs.close(fd)

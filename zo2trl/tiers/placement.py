@@ -1,4 +1,4 @@
-"""Byte budgets -> which unit in which tier, how long the ring is, how often units are written back.
+"""Byte budgets -> which unit in which tier, how large the ring is, how often units are written back.
 
 Does not: look at a machine (the caller passes free bytes in), move anything, or change its mind during a run.
 Invariant: pure functions of their arguments. A placement that is returned fits its budgets; one that cannot fit is
@@ -9,13 +9,14 @@ resident units are spread evenly between streamed ones, so that the link never i
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
 from zo2trl.errors import BudgetError, ConfigError
 from zo2trl.tiers.layout import Layout, Unit, VisitPoint
+from zo2trl.tiers.ring import ALIGNMENT
 
 __all__ = [
     "Budgets",
@@ -27,13 +28,14 @@ __all__ = [
     "place_again",
     "smallest_device_budget",
     "snapshot_interval",
+    "write_back_interval",
 ]
 
 TierName = Literal["gpu", "cpu", "disk"]
 Size = int | Literal["min"]
 
-RING_SLOTS = 3  # one under the model's hands, one ready, one filling; two is the least that works
-MIN_RING_SLOTS = 2
+RING_SEGMENTS = 3  # of the largest size: one under the model's hands, one ready, one filling
+MIN_RING_SEGMENTS = 2  # the least with which anything is fetched ahead
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B|([KMGT]?))\s*", re.IGNORECASE)
@@ -72,10 +74,19 @@ def format_bytes(n_bytes: float) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budgets:
-    """Ceilings in bytes. `device` "min" asks for the least that works; `cpu` counts home copies, not the ring."""
+    """Ceilings in bytes. `device` "min" asks for the least that works; `cpu` counts home copies, not staging.
+
+    `reserve` bytes of `device` are kept free for activations; "min" leaves them to whatever is there.
+    """
 
     device: Size
     cpu: int
+    reserve: int = 0
+
+    @property
+    def for_weights(self) -> Size:
+        """What weights, ring and scratch may take of the device."""
+        return "min" if self.device == "min" else self.device - self.reserve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +94,10 @@ class Placement:
     """A decision that fits its budgets."""
 
     tier_of: dict[int, TierName]  # unit index -> tier
-    n_slots: int  # ring slots; 0 when nothing is streamed
-    slot_bytes: int  # the largest streamed segment
+    ring_bytes: int  # device memory that streamed segments pass through; 0 when nothing is streamed
+    largest_segment_bytes: int  # of the streamed ones
     scratch_bytes: int  # the largest perturbed copy
+    scratch_copies: int  # 2: both probes of a direction are made in one pass over the weights
     device_bytes: int  # what all of it takes on the device
     cpu_bytes: int  # home copies in host memory
 
@@ -97,45 +109,41 @@ class Placement:
 def place(layout: Layout, budgets: Budgets) -> Placement:
     """Decide where every unit lives.
 
+    As many units as fit are resident, beside a ring of three of the largest streamed segments. What is left then
+    holds a second scratch copy, and after that a longer ring.
+
     Raises:
-        BudgetError: the device budget holds neither everything nor a ring of two slots.
+        BudgetError: the device budget holds neither everything nor a ring of two segments.
     """
-    everything = _Need(layout, streamed=frozenset(), n_slots=0)
-    if budgets.device != "min" and everything.total <= budgets.device:
+    room = budgets.for_weights
+    everything = _Need(layout, streamed=frozenset())
+    if room != "min" and everything.least_bytes <= room:
         return _placement(layout, everything, budgets)
     streamable = _streamable(layout)
-    least = min(
-        everything, _Need(layout, streamed=frozenset(streamable), n_slots=MIN_RING_SLOTS), key=attrgetter("total")
-    )
-    if budgets.device == "min":
+    least = min(everything, _Need(layout, streamed=frozenset(streamable)), key=attrgetter("least_bytes"))
+    if room == "min":
         return _placement(layout, least, budgets)
-    if least.total > budgets.device:
-        raise _cannot_fit(layout, least, budgets.device)
-    return _placement(layout, _widest(layout, streamable, budgets.device) or least, budgets)
+    if least.least_bytes > room:
+        raise _cannot_fit(layout, least, budgets)
+    return _placement(layout, _widest(layout, streamable, room) or least, budgets)
 
 
 def place_again(layout: Layout, homes: Placement, budgets: Budgets) -> Placement:
-    """Ring and scratch for another granularity of the same units, which stay where they are.
+    """Ring and scratch for another granularity, or another reserve, with every unit where `homes` has it.
 
     Raises:
-        BudgetError: the ring this granularity needs does not fit beside the units that are resident already.
+        BudgetError: what is needed does not fit beside the units that are resident already.
     """
-    streamed = frozenset(index for index, tier in homes.tier_of.items() if tier != "gpu")
-    needs = [_Need(layout, streamed=streamed, n_slots=n_slots) for n_slots in (RING_SLOTS, MIN_RING_SLOTS)]
-    fitting = needs[-1:] if budgets.device == "min" else [need for need in needs if need.total <= budgets.device]
-    if not fitting:
-        assert budgets.device != "min"
-        raise _cannot_fit(layout, needs[-1], budgets.device)
-    need = fitting[0]
-    return replace(
-        homes, n_slots=need.n_slots, slot_bytes=need.slot_bytes, scratch_bytes=need.scratch_bytes,
-        device_bytes=need.total,
-    )  # fmt: skip
+    need = _Need(layout, streamed=frozenset(index for index, tier in homes.tier_of.items() if tier != "gpu"))
+    room = budgets.for_weights
+    if room != "min" and need.least_bytes > room:
+        raise _cannot_fit(layout, need, budgets)
+    return need.placed(homes.tier_of, room=room)
 
 
-def smallest_device_budget(layout: Layout) -> int:
+def smallest_device_budget(layout: Layout, *, reserve: int = 0) -> int:
     """Bytes of device memory below which `place` refuses this layout."""
-    return place(layout, Budgets(device="min", cpu=0)).device_bytes
+    return place(layout, Budgets(device="min", cpu=0)).device_bytes + reserve
 
 
 def _streamable(layout: Layout) -> list[int]:
@@ -147,29 +155,63 @@ def spread(count: int, total: int) -> list[int]:
     return [i for i in range(total) if (i + 1) * count // total > i * count // total]
 
 
-def _widest(layout: Layout, streamable: Sequence[int], device_bytes: int) -> "_Need | None":
-    """The most resident units that fit, with a full ring if there is room for one."""
+def _widest(layout: Layout, streamable: Sequence[int], room: int) -> "_Need | None":
+    """The most resident units that fit beside a full ring; None if no ring of that size fits."""
     for n_resident in range(len(streamable) - 1, -1, -1):
         resident = {streamable[i] for i in spread(n_resident, len(streamable))}
-        need = _Need(layout, streamed=frozenset(streamable) - resident, n_slots=RING_SLOTS)
-        if need.total <= device_bytes:
+        need = _Need(layout, streamed=frozenset(streamable) - resident)
+        if need.bytes_with(need.ring_bytes(RING_SEGMENTS)) <= room:
             return need
     return None
 
 
 class _Need:
-    """Device bytes of one way to run a step: resident homes, ring and scratch."""
+    """Device bytes of a step, given which units are streamed: resident homes, ring and scratch."""
 
-    def __init__(self, layout: Layout, *, streamed: frozenset[int], n_slots: int) -> None:
-        self.streamed = streamed
-        self.n_slots = min(n_slots, sum(s.unit.index in streamed for s in layout.segments))
-        self.slot_bytes = max((s.n_bytes for s in layout.segments if s.unit.index in streamed), default=0)
+    def __init__(self, layout: Layout, *, streamed: frozenset[int]) -> None:
+        self.layout, self.streamed = layout, streamed
+        passing = [segment.n_bytes for segment in layout.segments if segment.unit.index in streamed]
+        self.largest_bytes = max(passing, default=0)
+        self.streamed_bytes = sum(passing)
         self.scratch_bytes = max((scratch_bytes(point) for point in layout.points), default=0)
         self.resident_bytes = sum(unit.n_bytes for unit in layout.units if unit.index not in streamed)
 
+    def ring_bytes(self, n_segments: int) -> int:
+        """A ring of so many of the largest segments; never more than would hold everything that passes."""
+        return min(n_segments * self.largest_bytes, self.streamed_bytes)
+
+    def bytes_with(self, ring_bytes: int) -> int:
+        """All of it, with one scratch copy."""
+        return self.resident_bytes + self.scratch_bytes + ring_bytes
+
     @property
-    def total(self) -> int:
-        return self.resident_bytes + self.scratch_bytes + self.n_slots * self.slot_bytes
+    def least_bytes(self) -> int:
+        """What no step can do without."""
+        return self.bytes_with(self.ring_bytes(MIN_RING_SEGMENTS))
+
+    def share(self, room: Size) -> tuple[int, int]:
+        """Ring bytes and scratch copies that make the best of `room` bytes, which hold the least at least."""
+        ring_bytes = self.ring_bytes(MIN_RING_SEGMENTS)
+        if room == "min":
+            return ring_bytes, 1
+        spare = room - self.least_bytes
+        # A ring may have any size between the two: plan_ring makes the best of it.
+        ring_bytes += min(self.ring_bytes(RING_SEGMENTS) - ring_bytes, spare // ALIGNMENT * ALIGNMENT)
+        spare = room - self.bytes_with(ring_bytes)
+        copies = 2 if 0 < self.scratch_bytes <= spare else 1
+        spare -= (copies - 1) * self.scratch_bytes
+        more = spare // self.largest_bytes * self.largest_bytes if self.largest_bytes else 0
+        return min(ring_bytes + more, self.streamed_bytes), copies
+
+    def placed(self, tier_of: Mapping[int, TierName], *, room: Size) -> Placement:
+        """The placement that puts units where `tier_of` says."""
+        ring_bytes, copies = self.share(room)
+        return Placement(
+            tier_of=dict(tier_of), ring_bytes=ring_bytes, largest_segment_bytes=self.largest_bytes,
+            scratch_bytes=self.scratch_bytes, scratch_copies=copies,
+            device_bytes=self.bytes_with(ring_bytes) + (copies - 1) * self.scratch_bytes,
+            cpu_bytes=sum(unit.n_bytes for unit in self.layout.units if tier_of[unit.index] == "cpu"),
+        )  # fmt: skip
 
 
 def scratch_bytes(point: VisitPoint) -> int:
@@ -178,16 +220,12 @@ def scratch_bytes(point: VisitPoint) -> int:
 
 
 def _placement(layout: Layout, need: _Need, budgets: Budgets) -> Placement:
-    streamed = [unit for unit in layout.units if unit.index in need.streamed]
-    in_cpu = _fill_cpu(streamed, budgets.cpu)
+    in_cpu = _fill_cpu([unit for unit in layout.units if unit.index in need.streamed], budgets.cpu)
     tiers: dict[int, TierName] = {
         unit.index: "gpu" if unit.index not in need.streamed else "cpu" if unit.index in in_cpu else "disk"
         for unit in layout.units
     }
-    return Placement(
-        tier_of=tiers, n_slots=need.n_slots, slot_bytes=need.slot_bytes, scratch_bytes=need.scratch_bytes,
-        device_bytes=need.total, cpu_bytes=sum(unit.n_bytes for unit in streamed if unit.index in in_cpu),
-    )  # fmt: skip
+    return need.placed(tiers, room=budgets.for_weights)
 
 
 def _fill_cpu(streamed: Sequence[Unit], cpu_bytes: int) -> set[int]:
@@ -198,50 +236,95 @@ def _fill_cpu(streamed: Sequence[Unit], cpu_bytes: int) -> set[int]:
     return set()
 
 
-def _cannot_fit(layout: Layout, least: _Need, device_bytes: int) -> BudgetError:
+def _cannot_fit(layout: Layout, least: _Need, budgets: Budgets) -> BudgetError:
+    assert budgets.device != "min"
     rest_bytes = sum(unit.n_bytes for unit in layout.units if unit.is_resident)
     largest = max((unit for unit in layout.units if not unit.is_resident), key=lambda u: u.n_bytes, default=None)
     block = f"the largest block ({largest.name}) is {largest.n_bytes:,} bytes and " if largest else _NO_BLOCKS
-    ring = f", {least.n_slots} ring slots of {least.slot_bytes:,} bytes" if least.n_slots else ""
+    ring_bytes = least.ring_bytes(MIN_RING_SEGMENTS)
+    ring = f", a ring of {ring_bytes:,} bytes that streamed ones pass through" if ring_bytes else ""
+    kept = f" {budgets.reserve:,} bytes of it are kept free for activations." if budgets.reserve else ""
+    fewer = _FEWER if least.least_bytes <= budgets.device else ""
     finer = "" if layout.leaf_blocks or not largest else ', and `granularity="leaf"` may need less'
+    smallest = least.least_bytes + budgets.reserve
     return BudgetError(
-        f"`device_memory` is {device_bytes:,} bytes, which cannot hold one step: {block}everything outside the blocks "
-        f"is {rest_bytes:,} bytes. A step needs {least.resident_bytes:,} bytes of resident weights{ring} and "
-        f"{least.scratch_bytes:,} bytes of scratch. The smallest `device_memory` that works is {least.total:,} bytes "
-        f'({format_bytes(least.total)}); "min" asks for exactly that{finer}.'
+        f"`device_memory` is {budgets.device:,} bytes, which cannot hold one step: {block}everything outside the "
+        f"blocks is {rest_bytes:,} bytes. A step needs {least.resident_bytes:,} bytes of resident weights{ring} and "
+        f"{least.scratch_bytes:,} bytes of scratch.{kept}{fewer} The smallest `device_memory` that works is "
+        f'{smallest:,} bytes ({format_bytes(smallest)}); "min" asks for as little as it can{finer}.'
     )
 
 
+_FEWER = (
+    " Without them the step would fit: lower `per_device_train_batch_size` or `max_length`, so that activations need "
+    "less."
+)
 _NO_BLOCKS = (
     "no stack of transformer blocks was found in this model (blocks are `GradientCheckpointingLayer`s or classes that "
     "`_no_split_modules` names), so all of it must be on the device at once; "
 )
 
 
-def write_back_interval(*, tier: TierName, device_type: str, itemsize: int) -> int:
-    """Steps between write-backs of a unit: the K that minimises writing plus replaying.
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """What a machine does per second, with homes of one tier."""
 
-    Writing costs t_write / K per step and element, replaying pending steps (K - 1) / 2 x t_replay, so the minimum is
-    at sqrt(2 t_write / t_replay). Rates are of one H200 machine for "cuda" (disk 0.94 GB/s, 37 G updates/s with
-    today's unfused kernels; writes to host memory ride on the idle direction of the link and cost a quarter of its
-    50 GB/s) and of one CPU core for "cpu" (memory 5 GB/s, disk 0.94 GB/s, 0.1 G updates/s).
+    read_bytes: float  # home -> device
+    write_bytes: float  # device -> home, as far as it delays the reads beside it
+    flops: float
+    first_updates: float  # weights brought over the first pending step, or displaced, or both, in one pass
+    updates: float  # weights brought over each further pending step of that pass
+
+
+def write_back_interval(
+    *, tier: TierName, device_type: str, itemsize: int, token_passes: int = 4096, num_directions: int = 1
+) -> int:
+    """Steps between write-backs of a unit: the K with which a step takes the least time.
+
+    Per weight, a step takes the longer of moving (a read, and a write every K steps) and computing (a multiplication
+    and an addition per token and pass, and replaying (K + 1) / 2 pending steps on average). So K is long where the
+    link is what a step waits for, as long as replay hides under it, and 1 where computing hides the writes.
+
+    Of all K within half a per cent of the best, units in host memory take the shortest, which leaves the least to
+    catch up with, and units on disk the longest, for drives wear out by writing.
+
+    Rates for "cuda" were measured on one H200: OPT-13B in bf16 with 2 x 2048 tokens took 455 ms a step read-only and
+    502, 473, 461, 459 with K = 1, 2, 4, 8, so a written byte delays the reads by 1/535 GB/s (with 4 x as many tokens
+    766, 787, 820 with K = 1, 4, 8); zo/visit_triton.py replays 600 G updates/s of a first and 250 G/s of each further
+    pending step, rounding stochastically; a disk gave 2.9 GB/s and took 0.94. Those for "cpu" are of one core.
+
+    Args:
+        tier: "cpu" or "disk".
+        device_type: where forwards run, "cuda" or "cpu".
+        itemsize: bytes of a stored weight.
+        token_passes: tokens that one visit of a unit computes, summed over probes and micro-batches.
+        num_directions: of one step; each is replayed.
     """
-    write_bytes_s, updates_s = _WRITE_RATES[device_type == "cuda", tier]
-    interval = round((2 * (itemsize / write_bytes_s) * updates_s) ** 0.5)
-    return min(max(interval, 1), MAX_WRITE_BACK_INTERVAL)
+    rates = _RATES[device_type == "cuda", tier]
+
+    def seconds(interval: int) -> float:
+        moving = itemsize / rates.read_bytes + itemsize / rates.write_bytes / interval
+        replaying = num_directions * (1 / rates.first_updates + (interval - 1) / 2 / rates.updates)
+        return max(moving, 2 * token_passes / rates.flops + replaying)
+
+    intervals = range(1, MAX_WRITE_BACK_INTERVAL + 1)
+    best = min(map(seconds, intervals))
+    as_good = [interval for interval in intervals if seconds(interval) <= best * AS_GOOD]
+    return as_good[-1] if tier == "disk" else as_good[0]
 
 
 def snapshot_interval(n_elements: int, *, device_type: str, max_replay_s: float) -> int:
     """Steps between snapshots of a unit in memory: replaying this many on all trainable elements takes that long."""
-    _, updates_s = _WRITE_RATES[device_type == "cuda", "cpu"]
+    updates_s = _RATES[device_type == "cuda", "cpu"].updates
     return max(int(min(max_replay_s * updates_s / max(n_elements, 1), MAX_SNAPSHOT_INTERVAL)), 1)
 
 
 MAX_WRITE_BACK_INTERVAL = 32
 MAX_SNAPSHOT_INTERVAL = 1 << 40
-_WRITE_RATES: dict[tuple[bool, TierName], tuple[float, float]] = {
-    (True, "cpu"): (200e9, 37e9),
-    (True, "disk"): (0.94e9, 37e9),
-    (False, "cpu"): (5e9, 0.1e9),
-    (False, "disk"): (0.94e9, 0.1e9),
+AS_GOOD = 1.005
+_RATES: dict[tuple[bool, TierName], _Rates] = {
+    (True, "cpu"): _Rates(55e9, 535e9, 600e12, 600e9, 250e9),
+    (True, "disk"): _Rates(2.9e9, 0.94e9, 600e12, 600e9, 250e9),
+    (False, "cpu"): _Rates(5e9, 5e9, 50e9, 0.1e9, 0.1e9),
+    (False, "disk"): _Rates(2.9e9, 0.94e9, 50e9, 0.1e9, 0.1e9),
 }

@@ -11,7 +11,7 @@ import torch
 
 from zo2trl.tiers.layout import Segment, Unit
 from zo2trl.zo.records import Record
-from zo2trl.zo.rules import UpdateRule
+from zo2trl.zo.rules import Displaced, UpdateRule
 
 __all__ = ["Ledger", "catch_up"]
 
@@ -58,11 +58,20 @@ class Ledger:
 
 
 def catch_up(
-    weights: torch.Tensor, segment: Segment, records: Sequence[Record], *, position: int, rule: UpdateRule
+    weights: torch.Tensor,
+    segment: Segment,
+    records: Sequence[Record],
+    *,
+    position: int,
+    rule: UpdateRule,
+    probes: Sequence[Displaced] = (),
+    keep: bool = True,
 ) -> bool:
-    """Replay `records[position:]` on a segment's bytes (uint8, on the device), in place. True if anything changed."""
-    pending = records[position:]
-    if not pending or not segment.is_trainable:
+    """Replay `records[position:]` on a segment's bytes (uint8, on the device). True if they have absorbed them now.
+
+    `probes` and `keep`: see `UpdateRule.visit`, which makes them in the same pass.
+    """
+    if not segment.is_trainable:
         return False
-    rule.replay(weights, segment.spans, pending)
-    return True
+    pending = records[position:]
+    return rule.visit(weights, segment.spans, pending, probes=probes, keep=keep) and bool(pending)

@@ -1,86 +1,246 @@
 """Staging: the last hop between host memory and device slots, in both directions.
 
-On a CPU-only machine a slot is host memory: reads land in it directly and nothing is staged. With a GPU, copies run on
-streams of their own and are ordered by events only.
+On a CPU-only machine a slot is host memory: reads land in it directly and nothing is staged. With a GPU, a segment
+from disk goes through a few pinned pieces, each uploaded as soon as it is full, and likewise one that goes to disk;
+copies run on streams of their own and are ordered by events only.
 
-Invariant: a staging buffer is reused only after the copy that reads it has finished.
+Does not: know files; a `Reading` does.
+Invariants:
+- A staging piece is reused only after the copy that reads or fills it has finished.
+- All copies into slots run on one stream: that of a load that failed ends before that of the slot's next tenant.
+- Pieces that wait for a slot are others than those that loads with a slot need, so that these always get on.
 """
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from queue import SimpleQueue
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from zo2trl.tiers.cpu import pin, unpin
-from zo2trl.tiers.prefetch import Slot
+from zo2trl.tiers.readers import N_READERS, PIECE_BYTES, Readers, aligned_bytes
+from zo2trl.tiers.ring import Slot
+from zo2trl.tiers.tier import host_bytes
 
-__all__ = ["Staging"]
+__all__ = ["Begun", "Reading", "Staging"]
 
-N_READS = 2  # reads from disk at once: each reading thread also checks what it has read
+N_PIECES_UP = 2 * N_READERS  # half of them are being filled, while copies out of the others wait for their slot
+N_PIECES_DOWN = 2  # one is written to disk while the next one comes
+
+
+class Reading(Protocol):
+    """One segment on its way from disk."""
+
+    def fill(self, into: torch.Tensor, start: int) -> None:
+        """Read `into` (uint8, host memory) full from byte `start` of the segment; from several threads at once."""
+        ...
+
+    def finish(self) -> None:
+        """Every byte was read: raise if they are not what they should be."""
+        ...
+
+
+R = TypeVar("R", bound=Reading)
+
+
+class _Piece:
+    """Staging memory, and the last copy from or to it. Who waits for that sleeps instead of spinning."""
+
+    def __init__(self, memory: torch.Tensor, *, on_gpu: bool) -> None:
+        self.memory = memory
+        self._copied = torch.cuda.Event(blocking=True) if on_gpu else None
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, *, stream: torch.cuda.Stream | None) -> None:
+        """One of the two is in this piece."""
+        if stream is None or self._copied is None:
+            target.copy_(source)
+            return
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            self._copied.record(stream)
+
+    def wait(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+class _Part(NamedTuple):
+    piece: _Piece
+    job: Future[None]  # fills it
+
+
+class Begun(Generic[R]):
+    """A segment that is read from disk; the first parts of it perhaps before there is a slot. `open` starts it."""
+
+    def __init__(self, open: Callable[[], R], *, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self.parts: dict[int, _Part] = {}  # byte offset -> what is, or will be, in staging memory
+        self._open, self._lock = open, threading.Lock()
+        self._reading: R | None = None
+
+    @property
+    def reading(self) -> R:
+        """Opened by the first thread that asks."""
+        with self._lock:
+            if self._reading is None:
+                self._reading = self._open()
+            return self._reading
 
 
 class Staging:
-    """Copies between host and device. `n_bytes` is the largest segment that comes from or goes to disk (0: none)."""
+    """Copies between host and device.
 
-    def __init__(self, n_bytes: int, *, device: torch.device) -> None:
-        self._device = device
-        self._buffers: list[torch.Tensor] = []  # the first serves one write at a time, the others one read each
-        self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
-        if device.type == "cuda":
-            self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            self._buffers = [torch.zeros(n_bytes, dtype=torch.uint8) for _ in range(1 + N_READS)] if n_bytes else []
-            for buffer in self._buffers:
-                pin(buffer)
-            for buffer in self._buffers[1:]:
-                self._free.put(buffer)
+    Args:
+        n_bytes: the largest segment that comes from or goes to disk (0: none).
+        device: where slots are.
+        ahead_bytes: staging memory for what is read before it has a slot.
+        in_pieces: whether what comes from disk is staged. None: if slots are on a GPU.
+    """
+
+    def __init__(
+        self, n_bytes: int, *, device: torch.device, ahead_bytes: int = 0, in_pieces: bool | None = None
+    ) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._up = torch.cuda.Stream(device) if self._on_gpu else None
+        self._down = torch.cuda.Stream(device) if self._on_gpu else None
+        self._readers = Readers()
+        self._memory: torch.Tensor | None = None
+        self._free: SimpleQueue[_Piece] = SimpleQueue()
+        self._ahead: SimpleQueue[_Piece] = SimpleQueue()
+        self._down_pieces: list[_Piece] = []
+        self._in_pieces = self._on_gpu if in_pieces is None else in_pieces
+        if n_bytes and self._in_pieces:
+            self._make_pieces(min(n_bytes, PIECE_BYTES), ahead_bytes=ahead_bytes)
+
+    def _make_pieces(self, n_bytes: int, *, ahead_bytes: int) -> None:
+        self._memory = aligned_bytes((N_PIECES_DOWN + N_PIECES_UP + ahead_bytes // n_bytes) * n_bytes)
+        if self._on_gpu:
+            pin(self._memory)
+        pieces = [_Piece(memory, on_gpu=self._on_gpu) for memory in self._memory.split(n_bytes)]
+        self._down_pieces = pieces[:N_PIECES_DOWN]
+        for number, piece in enumerate(pieces[N_PIECES_DOWN:]):
+            (self._free if number < N_PIECES_UP else self._ahead).put(piece)
+
+    # -- up
 
     def upload(self, source: torch.Tensor, target: torch.Tensor, slot: Slot) -> None:
         """Host -> slot. `source` must stay unchanged until the slot's `copied` event."""
-        if self._device.type != "cuda":
+        if self._up is None:
             target.copy_(source)
             return
+        self._wait_for(slot)
         with torch.cuda.stream(self._up):
-            if slot.released is not None:
-                self._up.wait_event(slot.released)
             target.copy_(source, non_blocking=True)
             slot.copied = self._up.record_event()
 
-    def read_and_upload(self, read: Callable[[memoryview], None], target: torch.Tensor, slot: Slot) -> None:
-        """File -> slot, through a pinned buffer where the slot is on a GPU; `read` fills a buffer."""
-        if self._device.type != "cuda":
-            read(target.numpy().data)
-            return
-        buffer = self._free.get()
+    def read_ahead(self, begun: Begun) -> bool:
+        """Read on before there is a slot, as far as there is memory for that; False if it does not reach the end."""
+        for start in range(len(begun.parts) * PIECE_BYTES, begun.n_bytes, PIECE_BYTES):
+            try:
+                piece = self._ahead.get_nowait()
+            except Empty:
+                return False
+            staged = piece.memory[: begun.n_bytes - start]
+            job = self._readers.submit(partial(self._fill, begun, piece, staged, start=start))
+            begun.parts[start] = _Part(piece, job)
+        return True
+
+    def abandon(self, begun: Begun) -> None:
+        """Nobody wants the parts of it that were read ahead."""
+        while begun.parts:
+            _, part = begun.parts.popitem()
+            part.job.cancel()
+            part.job.add_done_callback(lambda job, piece=part.piece: self._ahead.put(piece))
+
+    def read_and_upload(self, begun: Begun, target: torch.Tensor, slot: Slot) -> None:
+        """Disk -> slot. On return every byte was read and found right, and its copy is enqueued."""
+        reading = begun.reading
+        if not self._in_pieces:
+            self._readers.run(lambda first, last: reading.fill(target[first:last], first), n_bytes=begun.n_bytes)
+        else:
+            self._wait_for(slot)
+            try:
+                self._readers.run(
+                    lambda first, last: self._bring(begun, target[first:last], first), n_bytes=begun.n_bytes
+                )
+            finally:
+                self.abandon(begun)
+            if self._up is not None:
+                slot.copied = self._up.record_event()
+        reading.finish()
+
+    def _wait_for(self, slot: Slot) -> None:
+        for event in slot.released:
+            assert self._up is not None
+            self._up.wait_event(event)
+
+    def _fill(self, begun: Begun, piece: _Piece, staged: torch.Tensor, *, start: int) -> None:
+        piece.wait()
+        begun.reading.fill(staged, start)
+
+    def _bring(self, begun: Begun, target: torch.Tensor, start: int) -> None:
+        part = begun.parts.pop(start, None)
+        piece, home = (part.piece, self._ahead) if part is not None else (self._free.get(), self._free)
         try:
-            staged = buffer[: target.numel()]
-            read(staged.numpy().data)
-            self.upload(staged, target, slot)
-            assert slot.copied is not None
-            slot.copied.synchronize()
+            staged = piece.memory[: target.numel()]
+            if part is not None:
+                part.job.result()  # the readers took it up before this
+            else:
+                self._fill(begun, piece, staged, start=start)
+            piece.copy(staged, target, stream=self._up)
         finally:
-            self._free.put(buffer)
+            home.put(piece)
+
+    # -- down
 
     @contextmanager
     def downloaded(self, weights: torch.Tensor, ready: torch.Event | None) -> Iterator[torch.Tensor]:
-        """Slot -> host memory, valid inside the block; `ready` marks the last kernel that wrote the slot."""
-        if self._device.type != "cuda":
+        """Slot -> wherever the block copies them: on the download stream, after `ready`, which marks the last kernel
+        that wrote the slot; complete at the end of the block.
+        """
+        if self._down is None:
             yield weights
             return
         assert ready is not None
         with torch.cuda.stream(self._down):
             self._down.wait_event(ready)
-            staged = self._buffers[0][: weights.numel()] if self._buffers else torch.empty(0, dtype=torch.uint8)
-            if staged.numel() == weights.numel():
-                staged.copy_(weights, non_blocking=True)
-                self._down.record_event().synchronize()
-            else:
-                staged = weights  # no unit lives on disk: the host tier copies straight into its pinned arena
-            yield staged
+            yield weights
             self._down.synchronize()
 
+    def download(self, weights: torch.Tensor, ready: torch.Event | None) -> Iterator[tuple[int, memoryview]]:
+        """Slot -> host memory: (byte offset, bytes that are valid until the next piece), for one writer at a time.
+
+        The next piece is on its way while the last one is looked at. `ready` is as in `downloaded`.
+        """
+        if not self._in_pieces:
+            yield 0, host_bytes(weights)
+            return
+        if self._down is not None:
+            assert ready is not None
+            self._down.wait_event(ready)
+        sent = [weights[start : start + PIECE_BYTES] for start in range(0, weights.numel(), PIECE_BYTES)]
+        self._send(sent, 0)
+        for number, part in enumerate(sent):
+            self._send(sent, number + 1)
+            piece = self._down_pieces[number % N_PIECES_DOWN]
+            piece.wait()
+            yield number * PIECE_BYTES, host_bytes(piece.memory[: part.numel()])
+
+    def _send(self, parts: list[torch.Tensor], number: int) -> None:
+        if number < len(parts):
+            piece = self._down_pieces[number % N_PIECES_DOWN]
+            piece.copy(parts[number], piece.memory[: parts[number].numel()], stream=self._down)
+
     def close(self) -> None:
-        """Unpin the buffers; idempotent."""
-        for buffer in self._buffers:
-            unpin(buffer)
-        self._buffers = []
+        """Stop the threads and unpin the memory, when no copy uses it any more; idempotent."""
+        self._readers.close()
+        if self._up is not None and self._down is not None:
+            self._up.synchronize()
+            self._down.synchronize()
+        memory, self._memory = self._memory, None
+        if memory is not None and self._on_gpu:
+            unpin(memory)

@@ -9,10 +9,8 @@ Invariants:
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -22,29 +20,18 @@ from zo2trl.tiers.homes import Homes
 from zo2trl.tiers.interrupts import let_interrupts_in, uninterrupted
 from zo2trl.tiers.journal import Journal
 from zo2trl.tiers.layout import Layout, Segment, Unit, VisitPoint
+from zo2trl.tiers.loans import Loan
 from zo2trl.tiers.logbook import Logbook
-from zo2trl.tiers.placement import Placement, TierName, format_bytes
-from zo2trl.tiers.prefetch import Fetch, Prefetcher
+from zo2trl.tiers.placement import Placement, TierName
+from zo2trl.tiers.prefetch import Prefetcher
 from zo2trl.tiers.replay import catch_up
-from zo2trl.tiers.tier import Source, tensor_view
+from zo2trl.tiers.rhythm import Rhythm
+from zo2trl.tiers.summary import summary_of
+from zo2trl.tiers.tier import Source, gathered
 from zo2trl.zo.records import Record
-from zo2trl.zo.rules import UpdateRule
+from zo2trl.zo.rules import Displaced, UpdateRule
 
-__all__ = ["Rhythm", "TieredStore"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rhythm:
-    """Steps between two writes of one unit. Units take turns, so that every step writes about equally much."""
-
-    write_back: Mapping[TierName, int]
-    """Of a streamed unit to its home, for the tiers "cpu" and "disk"."""
-    snapshot: int
-    """Of a unit in memory to a file."""
-
-    def is_turn(self, unit: Unit, *, every: int, position: int) -> bool:
-        """Whether a unit is due after the record that leads to `position`."""
-        return (position + unit.index) % every == 0
+__all__ = ["TieredStore"]
 
 
 class TieredStore:
@@ -84,6 +71,7 @@ class TieredStore:
         self._eager = False
         self.is_open = True
         self._prefetcher: Prefetcher | None = None
+        homes.will_write_back = self._may_be_due
         self._start_prefetching()
 
     @property
@@ -115,39 +103,38 @@ class TieredStore:
 
     def summary(self) -> str:
         """One line on where the weights live."""
-        parts = []
-        for tier in ("gpu", "cpu", "disk"):
-            units = [self.layout.units[index] for index in self.placement.units_in(tier)]
-            if units:
-                parts.append(f"{tier}: {len(units)} units, {format_bytes(sum(unit.n_bytes for unit in units))}")
-        ring = f"{self.placement.n_slots} slots of {format_bytes(self.placement.slot_bytes)}"
-        visits = "leaf by leaf" if self.layout.leaf_blocks else "block by block"
-        return f"{'; '.join(parts)}; ring: {ring}; {format_bytes(self.placement.device_bytes)} on the device, {visits}"
+        return summary_of(self.layout, self.placement)
 
     # -- leases
 
     @contextmanager
-    def lease(self, point: VisitPoint) -> Iterator[list[torch.Tensor]]:
-        """Lend the clean weights of a point's segments: flat uint8 on the device, valid inside the block."""
-        fetches: list[tuple[Fetch, Future | None]] = []
+    def lend(self, point: VisitPoint) -> Iterator[list[Loan]]:
+        """The segments of a point, on the device inside the block; each is brought up to date when it is used."""
+        loans: list[Loan] = []
         try:
-            yield self._borrow(point, fetches)
+            self._borrow(point, loans)
+            yield loans
         finally:
-            self._give_back(fetches)
+            self._give_back(loans)
+
+    @contextmanager
+    def lease(self, point: VisitPoint) -> Iterator[list[torch.Tensor]]:
+        """The clean weights of a point's segments: flat uint8 on the device, valid inside the block."""
+        with self.lend(point) as loans:
+            yield [loan.clean() for loan in loans]
 
     @uninterrupted
-    def _borrow(self, point: VisitPoint, fetches: list[tuple[Fetch, Future | None]]) -> list[torch.Tensor]:
+    def _borrow(self, point: VisitPoint, loans: list[Loan]) -> None:
         self._refuse_if_spoiled()
-        return [
-            self._resident(segment) if self.homes.is_resident(segment) else self._fetch(segment, fetches)
-            for segment in point.segments
-        ]
+        for segment in point.segments:
+            loans.append(self._resident(segment) if self.homes.is_resident(segment) else self._fetched(segment))
 
     @uninterrupted
-    def _give_back(self, fetches: Sequence[tuple[Fetch, Future | None]]) -> None:
-        for fetch, write in fetches:
-            assert self._prefetcher is not None
-            self._prefetcher.give_back(fetch, after=write)
+    def _give_back(self, loans: Sequence[Loan]) -> None:
+        for loan in loans:
+            if loan.fetch is not None:
+                assert self._prefetcher is not None
+                self._prefetcher.give_back(loan.fetch, after=loan.write)
 
     @contextmanager
     def writing_back(self) -> Iterator[None]:
@@ -233,7 +220,7 @@ class TieredStore:
     def replace(self, source: Source) -> None:
         """Overwrite every unit's weights, durably: a new beginning, as in `adopt_changes`."""
         self._refuse_if_read_only("replace weights")
-        self._begin_anew((unit, _gathered(unit, source)) for unit in self.layout.units)
+        self._begin_anew((unit, gathered(unit, source)) for unit in self.layout.units)
 
     @uninterrupted
     def go_back(self, position: int, *, base: Source) -> None:
@@ -281,12 +268,14 @@ class TieredStore:
 
     @uninterrupted
     def regranulate(self, layout: Layout, placement: Placement) -> None:
-        """The same units, visited at other points."""
+        """The same units, visited at other points or living elsewhere."""
         self.flush()
         assert self._prefetcher is not None
         self._prefetcher.close()
-        self.homes.cut_anew(layout, placement)
-        self._start_prefetching()
+        try:
+            self.homes.cut_anew(layout, placement)
+        finally:
+            self._start_prefetching()
 
     # -- closing
 
@@ -308,40 +297,65 @@ class TieredStore:
 
     def _start_prefetching(self) -> None:
         streamed = [s for p in self.layout.points for s in p.segments if not self.homes.is_resident(s)]
-        slot_bytes = PLAIN.wire_bytes(self.placement.slot_bytes)
-        self.homes.make_staging(slot_bytes)
+        self.homes.make_staging(PLAIN.wire_bytes(self.placement.largest_segment_bytes))
         self._prefetcher = Prefetcher(
-            streamed, self.homes.load, n_slots=self.placement.n_slots, device=self.device, slot_bytes=slot_bytes
-        )
+            streamed, self.homes.load, ring_bytes=PLAIN.wire_bytes(self.placement.ring_bytes), device=self.device,
+            on_disk=lambda segment: self.tier_of(segment.unit) == "disk", upcoming=self.homes.read_ahead,
+        )  # fmt: skip
         self._absorb_rest()
 
     def _absorb_rest(self) -> None:
         for segment in self.layout.rest.segments:
-            self._resident(segment)
+            self._resident(segment).clean()
 
-    def _resident(self, segment: Segment) -> torch.Tensor:
-        weights, records = self.homes.weights(segment), self.records
+    def _resident(self, segment: Segment) -> Loan:
+        position = self.homes.position(segment)
+        return Loan(
+            segment=segment, weights=self.homes.weights(segment), position=position,
+            is_kept=self._is_to_be_kept(segment, position), bring=self._bring,
+        )  # fmt: skip
+
+    def _fetched(self, segment: Segment) -> Loan:
+        assert self._prefetcher is not None
+        fetch, arrival = self._prefetcher.take(segment)
+        is_kept = self._is_to_be_kept(segment, arrival.position)
+        if is_kept and not arrival.is_checked:  # it was fetched before it was known that it would be written
+            self._prefetcher.give_back(fetch)
+            self._prefetcher.drop()
+            fetch, arrival = self._prefetcher.take(segment)
         try:
-            if catch_up(weights, segment, records, position=self.homes.position(segment), rule=self.rule):
+            if arrival.was_written_to:
+                self._keep_written(segment.unit, position=arrival.position)
+            self.homes.trust_view(segment)
+        except BaseException:
+            self._prefetcher.give_back(fetch)
+            raise
+        return Loan(
+            segment=segment, weights=PLAIN.decode(fetch.wire), position=arrival.position, is_kept=is_kept,
+            bring=self._bring, fetch=fetch,
+        )  # fmt: skip
+
+    def _is_to_be_kept(self, segment: Segment, position: int) -> bool:
+        return segment.is_trainable and position < len(self.records) and self._is_due(segment.unit)
+
+    @uninterrupted
+    def _bring(self, loan: Loan, probes: Sequence[Displaced], keep: bool) -> None:
+        segment, records = loan.segment, self.records
+        is_resident = loan.fetch is None
+        try:
+            has_absorbed = catch_up(
+                loan.weights, segment, records, position=loan.position, rule=self.rule, probes=probes, keep=keep
+            )
+            if has_absorbed and is_resident:
                 self.homes.absorbed(segment, len(records))
         except BaseException as error:
-            self.homes.spoiled = f"unit {segment.unit.name} was being brought up to date ({error})"
+            if is_resident:
+                self.homes.spoiled = f"unit {segment.unit.name} was being brought up to date ({error})"
             raise
-        return weights
-
-    def _fetch(self, segment: Segment, fetches: list[tuple[Fetch, Future | None]]) -> torch.Tensor:
-        assert self._prefetcher is not None
-        fetch, (position, was_written_to) = self._prefetcher.take(segment)
-        fetches.append((fetch, None))
-        if was_written_to:
-            self._keep_written(segment.unit, position=position)
-        self.homes.trust_view(segment)
-        weights = PLAIN.decode(fetch.wire)
-        records = self.records
-        behind = catch_up(weights, segment, records, position=position, rule=self.rule)
-        if behind and self._is_due(segment.unit):
-            fetches[-1] = (fetch, self.homes.write_back(segment, weights, position=len(records)))
-        return weights
+        if has_absorbed:
+            loan.position = len(records)
+            if loan.is_kept and not is_resident:
+                loan.write = self.homes.write_back(segment, loan.weights, position=len(records))
 
     def _keep_written(self, unit: Unit, *, position: int) -> None:
         self._refuse_if_read_only("change weights")
@@ -354,12 +368,16 @@ class TieredStore:
         self._forget_later_records()
         self.homes.keep_written(unit, position=len(self.records))
 
-    def _is_due(self, unit: Unit) -> bool:
+    def _is_due(self, unit: Unit, *, in_steps: int = 0) -> bool:
         tier = self.tier_of(unit)
         if self.homes.read_only and tier == "disk":
             return False
-        every = self._rhythm.write_back[tier]
-        return self._eager or self._rhythm.is_turn(unit, every=every, position=len(self.records))
+        every = self._rhythm.store_every(tier)
+        return self._eager or self._rhythm.is_turn(unit, every=every, position=len(self.records) + in_steps)
+
+    def _may_be_due(self, segment: Segment) -> bool:
+        """Asked when a segment is fetched, which may be a step before it is used."""
+        return segment.is_trainable and (self._is_due(segment.unit) or self._is_due(segment.unit, in_steps=1))
 
     def _refuse_if_spoiled(self) -> None:
         if self.homes.spoiled is not None:
@@ -372,13 +390,6 @@ class TieredStore:
         self._refuse_if_spoiled()
         if self.homes.read_only:
             raise StoreError(f"{self.journal.path.parent} is open for reading only: cannot {what}.")
-
-
-def _gathered(unit: Unit, source: Source) -> torch.Tensor:
-    data = torch.zeros(unit.n_bytes, dtype=torch.uint8)
-    for spec in unit.tensors:
-        tensor_view(data, spec).copy_(source(spec))
-    return data
 
 
 def _alone(segment: Segment) -> VisitPoint:

@@ -6,9 +6,10 @@ from zo2trl.tiers.cpu import HostTier
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.gpu import DeviceTier
 from zo2trl.tiers.placement import TierName
-from zo2trl.tiers.tier import Tier
 
-__all__ = ["Tiers"]
+__all__ = ["AnyTier", "Tiers"]
+
+AnyTier = DeviceTier | HostTier | DiskTier
 
 
 class Tiers:
@@ -17,8 +18,9 @@ class Tiers:
     def __init__(self, *, gpu: DeviceTier, cpu: HostTier, disk: DiskTier) -> None:
         self.gpu, self.cpu, self.disk = gpu, cpu, disk
 
-    def __getitem__(self, name: TierName) -> Tier:
-        return {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk}[name]
+    def __getitem__(self, name: TierName) -> AnyTier:
+        tiers: dict[TierName, AnyTier] = {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk}
+        return tiers[name]
 
     def close(self) -> None:
         """Release memory, maps and files."""

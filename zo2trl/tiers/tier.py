@@ -12,7 +12,7 @@ import torch
 
 from zo2trl.tiers.layout import Segment, TensorSpec, Unit
 
-__all__ = ["Pieces", "Source", "Tier", "carve", "host_bytes", "tensor_view"]
+__all__ = ["Pieces", "Source", "Tier", "carve", "copy_pieces", "gathered", "host_bytes", "tensor_view"]
 
 Source = Callable[[TensorSpec], torch.Tensor]
 """Gives a tensor's values, in the spec's shape and dtype, on any device, while a unit is adopted."""
@@ -47,6 +47,10 @@ class Tier(Protocol):
         private."""
         ...
 
+    def drop(self, unit: Unit) -> None:
+        """Let go of a unit's home, if it has one: it lives elsewhere from now on. Files stay."""
+        ...
+
     def close(self) -> None:
         """Release memory, maps and files; idempotent."""
         ...
@@ -65,6 +69,20 @@ def tensor_view(buffer: torch.Tensor, spec: TensorSpec, *, byte_start: int = 0) 
     through DLPack, which wraps the same memory in a new storage.
     """
     return torch.from_dlpack(carve(buffer, spec, byte_start=byte_start))
+
+
+def copy_pieces(pieces: Pieces, buffer: torch.Tensor) -> None:
+    """Copy a unit's bytes into its flat uint8 buffer, on any device."""
+    for start, piece in pieces:
+        buffer[start : start + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+
+
+def gathered(unit: Unit, source: Source) -> torch.Tensor:
+    """A unit's bytes in main memory, flat uint8; padding is zero."""
+    data = torch.zeros(unit.n_bytes, dtype=torch.uint8)
+    for spec in unit.tensors:
+        carve(data, spec).copy_(source(spec))
+    return data
 
 
 def host_bytes(data: torch.Tensor) -> memoryview:

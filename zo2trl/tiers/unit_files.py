@@ -12,8 +12,9 @@ Invariants:
 """
 
 import hashlib
+import logging
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +24,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo2trl.errors import StoreCorrupt, StoreError
-from zo2trl.tiers.fs import FS, LOCAL, inside
+from zo2trl.tiers.checksums import TensorSums
+from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.journal import Journal, MarkKind, UnitRecord
 from zo2trl.tiers.layout import TensorSpec, Unit
+from zo2trl.tiers.paths import inside
+from zo2trl.tiers.spans import spanned
 
-__all__ = ["Draft", "UnitFiles", "check_tensor", "file_name", "padded_crc", "table_crc", "tensor_crcs"]
+__all__ = ["Draft", "UnitFiles", "check_crc", "file_name", "padded_crc", "table_crc", "tensor_crcs"]
+
+logger = logging.getLogger(__name__)
 
 CRC_BYTES = 4
 CHECK_BYTES = 64 * 2**20  # read at a time while a file is checked
 _MAX_NAME_BYTES = 200
+
+Report = Callable[[int, str], None]
+"""Told of damage in a file: (byte offset, what it is)."""
 
 
 @dataclass(eq=False)
@@ -70,6 +79,7 @@ class UnitFiles:
         self._commit = self.founding.append
         self._journal: Journal | None = None
         self._failure: str | None = None
+        self._can_read_direct: bool | None = None  # found out once, by the first file
 
     def attach(self, journal: Journal, units: Sequence[Unit]) -> None:
         """From here on a version counts when its record is in `journal`; those that are there count already."""
@@ -107,12 +117,30 @@ class UnitFiles:
 
     def write(self, draft: Draft, tensors: Sequence[TensorSpec], data: memoryview) -> None:
         """Write consecutive tensors; `data` (bytes) holds them with their padding, except for the last one's."""
-        start = tensors[0].byte_offset
+        self.write_pieces(draft, tensors, [(tensors[0].byte_offset, data)])
+
+    @spanned("disk write", lambda files, draft, *_: draft.unit.name)
+    def write_pieces(
+        self, draft: Draft, tensors: Sequence[TensorSpec], pieces: Iterable[tuple[int, memoryview]]
+    ) -> None:
+        """The same, from pieces of the unit in order: (byte offset, bytes that are valid until the next one)."""
         assert draft.fd is not None
-        self._fs.write_at(draft.fd, data, start)
-        for spec in tensors:
-            first = spec.byte_offset - start
-            draft.crcs[spec.tensor_id] = padded_crc(spec, data[first : first + spec.n_padded_bytes])
+        sums = TensorSums(tensors)
+        for start, data in pieces:
+            self._fs.write_at(draft.fd, data, start)
+            sums.add(data, start)
+        draft.crcs.update(sums.crcs())
+
+    def draft(self, unit: Unit, bytes_of: Callable[[TensorSpec], memoryview], *, position: int) -> Draft:
+        """A complete draft, written tensor by tensor. An error on the way leaves nothing of it."""
+        draft = self.create(unit, position=position)
+        try:
+            for spec in unit.tensors:
+                self.write(draft, [spec], bytes_of(spec))
+        except BaseException:
+            self.discard(draft)
+            raise
+        return draft
 
     def publish(self, draft: Draft, *, is_origin: bool = False) -> UnitRecord:
         """Make a complete draft durable, then valid, then remove the version it replaces."""
@@ -224,31 +252,45 @@ class UnitFiles:
             raise _damaged(path, min(size, expected), unit, what=what)
         return fd
 
-    def read_table(self, unit: Unit, record: UnitRecord, fd: int) -> dict[int, int]:
-        """Tensor id -> CRC32 of its padded bytes, from an open version; the table itself is checked."""
+    def open_direct(self, fd: int) -> int | None:
+        """A second descriptor of an open version, for reads past the page cache; None if this folder cannot."""
+        if self._can_read_direct is None:
+            self._can_read_direct = self._fs.can_read_direct(fd)
+            how = "past" if self._can_read_direct else "through"
+            logger.info("Units in %s are read %s the page cache.", self.folder, how)
+        return self._fs.open_direct(fd) if self._can_read_direct else None
+
+    def read_table(self, unit: Unit, record: UnitRecord, fd: int, *, report: Report | None = None) -> dict[int, int]:
+        """Tensor id -> CRC32 of its padded bytes, from an open version; the table itself is checked (see `check`)."""
         path = self.path(unit, record)
         table = bytearray(CRC_BYTES * len(unit.tensors))
         self._fs.read_at(fd, table, unit.n_bytes, path=path)
         if zlib.crc32(table) != record.crc:
-            raise _damaged(path, unit.n_bytes, unit, what="its table of checksums does not match the journal")
+            report = report or _refusing(path, unit)
+            report(unit.n_bytes, "its table of checksums does not match the journal")
         crcs: list[int] = np.frombuffer(table, "<u4").tolist()
         return {spec.tensor_id: crc for spec, crc in zip(unit.tensors, crcs, strict=True)}
 
-    def check(self, unit: Unit, record: UnitRecord) -> None:
+    def check(self, unit: Unit, record: UnitRecord, *, report: Report | None = None) -> None:
         """Read a whole version and compare every tensor with its CRC.
+
+        Args:
+            report: told about every part that does not check; None: the first one is an error.
 
         Raises:
             StoreCorrupt: names file, offset, unit, parameter and the way out.
         """
-        for _ in self.read_checked(unit, record):
+        for _ in self.read_checked(unit, record, report=report):
             pass
 
-    def read_checked(self, unit: Unit, record: UnitRecord) -> Iterator[tuple[int, memoryview]]:
+    def read_checked(
+        self, unit: Unit, record: UnitRecord, *, report: Report | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
         """The version's bytes in pieces, (offset, bytes valid until the next one), each tensor checked at its end."""
         path = self.path(unit, record)
         fd = self.open(unit, record)
         try:
-            expected = self.read_table(unit, record, fd)
+            expected = self.read_table(unit, record, fd, report=report)
             largest = max((spec.n_padded_bytes for spec in unit.tensors), default=0)
             buffer = memoryview(bytearray(max(min(CHECK_BYTES, largest), 1)))
             for spec in unit.tensors:
@@ -258,7 +300,7 @@ class UnitFiles:
                     self._fs.read_at(fd, piece, spec.byte_offset + start, path=path)
                     found = zlib.crc32(piece, found)
                     yield spec.byte_offset + start, piece
-                _compare(path, unit, spec, found=found, expected=expected[spec.tensor_id])
+                _compare(spec, report or _refusing(path, unit), found=found, expected=expected[spec.tensor_id])
         finally:
             self._fs.close(fd)
 
@@ -294,15 +336,21 @@ def _table(crcs: Sequence[int]) -> bytes:
     return np.array(crcs, "<u4").tobytes()
 
 
-def check_tensor(path: Path, unit: Unit, spec: TensorSpec, *, data: memoryview, expected: int) -> None:
+def check_crc(path: Path, unit: Unit, spec: TensorSpec, *, found: int, expected: int) -> None:
     """Raise `StoreCorrupt` unless a tensor's padded bytes, read from `path`, have the CRC32 they should have."""
-    _compare(path, unit, spec, found=zlib.crc32(data), expected=expected)
+    _compare(spec, _refusing(path, unit), found=found, expected=expected)
 
 
-def _compare(path: Path, unit: Unit, spec: TensorSpec, *, found: int, expected: int) -> None:
+def _compare(spec: TensorSpec, report: Report, *, found: int, expected: int) -> None:
     if found != expected:
-        what = f"{spec.name} has CRC {found:08x}, expected {expected:08x}"
-        raise _damaged(path, spec.byte_offset, unit, what=what)
+        report(spec.byte_offset, f"{spec.name} has CRC {found:08x}, expected {expected:08x}")
+
+
+def _refusing(path: Path, unit: Unit) -> Report:
+    def refuse(offset: int, what: str) -> None:
+        raise _damaged(path, offset, unit, what=what)
+
+    return refuse
 
 
 def _last(records: Sequence[UnitRecord]) -> UnitRecord | None:

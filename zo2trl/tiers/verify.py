@@ -6,14 +6,12 @@ Invariant: what makes a continued or exported run wrong or impossible is `damage
 
 import re
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from zo2trl.errors import StoreError, StoreForeign, ZO2TRLError
@@ -29,7 +27,7 @@ from zo2trl.tiers.rebuild import Progress
 from zo2trl.tiers.stored_run import StoredRun, mismatches, rule_of
 from zo2trl.tiers.strict_json import Fields, read_json
 from zo2trl.tiers.tier import host_bytes
-from zo2trl.tiers.unit_files import CHECK_BYTES, CRC_BYTES, UnitFiles, padded_crc
+from zo2trl.tiers.unit_files import UnitFiles, padded_crc
 
 __all__ = ["Finding", "Severity", "verify_store"]
 
@@ -244,7 +242,7 @@ class _Look:
         path = run.files.path(unit, record)
         problems: list[tuple[int | None, str]] = []
         try:
-            problems += _bad_parts(run.files, unit, record, fs=self._fs)
+            run.files.check(unit, record, report=lambda offset, what: problems.append((offset, what)))
         except StoreError as error:
             offset = _OFFSET.search(str(error))
             problems.append((int(offset[1]) if offset else None, str(error).partition(". ")[0].split(": ", 1)[-1]))
@@ -294,26 +292,3 @@ def _cure(run: StoredRun, unit: Unit, record: UnitRecord) -> str:
         f"Nothing is lost: `zo2trl export {run.path} OUT` rebuilds the weights from older ones by replay. To go on "
         "with this run, restore the file from a copy."
     )
-
-
-def _bad_parts(files: UnitFiles, unit: Unit, record: UnitRecord, *, fs: FS) -> Iterator[tuple[int | None, str]]:
-    """Every tensor of a version that does not check, with its offset; raises `StoreError` for the file as a whole."""
-    path = files.path(unit, record)
-    fd = files.open(unit, record)
-    try:
-        table = bytearray(CRC_BYTES * len(unit.tensors))
-        fs.read_at(fd, table, unit.n_bytes, path=path)
-        if zlib.crc32(table) != record.crc:
-            yield unit.n_bytes, "its table of checksums does not match the journal"
-        expected: list[int] = np.frombuffer(table, "<u4").tolist()
-        buffer = memoryview(bytearray(min(CHECK_BYTES, max([1, *(spec.n_padded_bytes for spec in unit.tensors)]))))
-        for spec, crc in zip(unit.tensors, expected, strict=True):
-            found = 0
-            for start in range(0, spec.n_padded_bytes, len(buffer)):
-                piece = buffer[: min(len(buffer), spec.n_padded_bytes - start)]
-                fs.read_at(fd, piece, spec.byte_offset + start, path=path)
-                found = zlib.crc32(piece, found)
-            if found != crc:
-                yield spec.byte_offset, f"{spec.name} has CRC {found:08x}, expected {crc:08x}"
-    finally:
-        fs.close(fd)

@@ -34,24 +34,11 @@ from zo2trl.errors import CheckpointError, ZO2TRLError
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.paths import inside
 from zo2trl.tiers.strict_json import JSON, Fields, read_json, write_json
-from zo2trl.trainers.states import (
-    CURE,
-    MAX_JSON_BYTES,
-    RNG_NAME,
-    decode_state,
-    encode_state,
-    read_rng,
-    read_schedule,
-    rng_state,
-    set_rng_state,
-    write_rng,
-    write_schedule,
-)
+from zo2trl.trainers.states import CURE, MAX_JSON_BYTES, decode_state, encode_state
 
 __all__ = [
-    "MARKER_NAME", "RNG_NAME", "Checkpoint", "Pointer", "begin_checkpoint", "commit_checkpoint", "decode_state",
-    "encode_state", "last_valid_checkpoint", "read_checkpoint", "read_rng", "read_schedule", "refuse_pickles",
-    "rng_state", "save_without_weights", "set_rng_state", "write_arguments", "write_rng", "write_schedule",
+    "MARKER_NAME", "Checkpoint", "Pointer", "begin_checkpoint", "commit_checkpoint", "last_valid_checkpoint",
+    "read_checkpoint", "refuse_pickles", "save_without_weights", "write_arguments",
 ]  # fmt: skip
 
 MARKER_NAME = "zo_checkpoint.json"
@@ -153,7 +140,7 @@ def read_checkpoint(folder: Path, *, check_weights: bool = False, fs: FS = LOCAL
 
 def last_valid_checkpoint(
     output_dir: Path, *, accept: Callable[[Checkpoint], object] = lambda found: None, fs: FS = LOCAL
-) -> tuple[Path | None, list[str]]:
+) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint of the highest step that checks and that `accept` lets pass, and why higher ones do not."""
     if not output_dir.is_dir():
         return None, []
@@ -162,11 +149,12 @@ def last_valid_checkpoint(
     reasons: list[str] = []
     for _, folder in sorted(found, reverse=True):
         try:
-            accept(read_checkpoint(folder, fs=fs))
+            checkpoint = read_checkpoint(folder, fs=fs)
+            accept(checkpoint)
         except ZO2TRLError as error:
             reasons.append(str(error))
         else:
-            return folder, reasons
+            return checkpoint, reasons
     return None, reasons
 
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from zo2trl.engine.activations import passes_per_march
+from zo2trl.engine.activations import n_tokens
+from zo2trl.engine.heads import deferring_logits
+from zo2trl.trainers.signals import stop_if_asked
 
 __all__ = ["EvaluationMarch"]
 
@@ -46,6 +48,7 @@ class EvaluationMarch:
 
     def take(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """What `prediction_step` returned for a batch this object gave out."""
+        stop_if_asked()
         expected, outputs = self._ready.popleft()
         assert expected is inputs, "the evaluation loop takes batches in the order it got them"
         return outputs
@@ -54,9 +57,9 @@ class EvaluationMarch:
         if not group:
             return
         trainer = self._trainer
-        step = partial(type(trainer).prediction_step, trainer, trainer.model)
-        run = [partial(step, inputs, self._loss_only, ignore_keys=self._ignore_keys) for inputs, _ in group]
-        outputs = trainer.engine.run_clean(run)
+        engine, largest = trainer.engine, max((inputs for inputs, _ in group), key=n_tokens)
+        trainer.device_fit.before_evaluation(largest, n_passes=len(group), whole_logits=not self._loss_only)
+        outputs = engine.run_clean([partial(self._predict, inputs) for inputs, _ in group])
         self._ready.extend((inputs, output) for (inputs, _), output in zip(group, outputs, strict=True))
         loader = trainer.accelerator.gradient_state.active_dataloader
         for inputs, is_last in group:
@@ -64,8 +67,12 @@ class EvaluationMarch:
                 loader.end_of_dataloader = is_last  # the loop drops a last batch's padding by this flag
             yield inputs
 
+    def _predict(self, inputs: Any) -> Any:
+        trainer, step = self._trainer, type(self._trainer).prediction_step
+        with deferring_logits(wanted=self._loss_only):
+            return step(trainer, trainer.model, inputs, self._loss_only, ignore_keys=self._ignore_keys)
+
     def _group_size(self, inputs: Any) -> int:
-        store = self._trainer.engine.store
-        if not store.placement.n_slots:
+        if not self._trainer.engine.store.placement.ring_bytes:
             return 1  # nothing is streamed: lockstep would only hold more predictions
-        return min(passes_per_march(store, self._trainer.model, inputs), MAX_BATCHES_PER_MARCH)
+        return min(self._trainer.device_fit.passes_per_march(inputs), MAX_BATCHES_PER_MARCH)

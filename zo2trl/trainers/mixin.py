@@ -25,10 +25,10 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from zo2trl.engine.activations import passes_per_march
-from zo2trl.engine.discovery import settle_granularity
+from zo2trl.engine.activations import n_tokens
+from zo2trl.engine.fitting import DeviceFit
+from zo2trl.engine.heads import deferring_logits, hook_heads
 from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
-from zo2trl.engine.precision import fp32_heads
 from zo2trl.engine.runs import Mode
 from zo2trl.engine.step import Engine
 from zo2trl.errors import ConfigError, StoreError
@@ -63,6 +63,7 @@ class ZOTrainerMixin(ResumingMixin, _Base):
 
     _engine: Engine | None = None
     _casts: dict[nn.Parameter, torch.dtype]  # what the store still has to cast while it adopts a mapped checkpoint
+    device_fit: DeviceFit
     _shutdown: Any = None
 
     def __init__(
@@ -106,8 +107,8 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         self.close()
         self._engine_options = self._options()
         self._engine = engine = open_engine(self.model, self._engine_options, mode=mode)
-        self._granularity_is_settled = False
-        engine.on_shutdown += [handle.remove for handle in fp32_heads(self.model)]
+        self.device_fit = DeviceFit(engine, self._engine_options)
+        engine.on_shutdown += [handle.remove for handle in hook_heads(self.model)]
         engine.on_shutdown.append(partial(self.model.__dict__.pop, "_is_accelerate_prepared", None))
         self._shutdown = weakref.finalize(self, engine.shutdown)
         self._shutdown.atexit = False  # worker threads have ended by then; the journal is already durable
@@ -226,9 +227,10 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         return self.optimizer
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """Autocast as the arguments ask, without its weight cache: a Parameter holds many probes' weights in turn."""
+        """Autocast as the arguments ask, without its cache: Parameters hold many probes' weights; no whole logits."""
         stack = super().compute_loss_context_manager()  # type: ignore[misc]
         stack.enter_context(self.accelerator.autocast(autocast_handler=AutocastKwargs(cache_enabled=False)))
+        stack.enter_context(deferring_logits())
         return stack
 
     # -- hooks of the Trainer: a step
@@ -287,7 +289,7 @@ class ZOTrainerMixin(ResumingMixin, _Base):
             estimate = engine.step(
                 [partial(self._loss, model, *batch) for batch in batches],
                 step=step_offset + self.state.global_step,
-                passes_per_march=passes_per_march(engine.store, model, batches[0][0]),
+                passes_per_march=self.device_fit.passes_per_march(batches[0][0]),
             )
         self._estimate, self._grads = estimate, estimate.projected_grads
         every = self.args.torch_empty_cache_steps
@@ -312,9 +314,9 @@ class ZOTrainerMixin(ResumingMixin, _Base):
     def _prepare_step(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> int:
         with self.probes_counted_once(0):
             self._scaling.find_out(self, model, batches)
-            if not self._granularity_is_settled:
-                settle_granularity(self.engine, partial(self._loss, model, *batches[0]), options=self._engine_options)
-                self._granularity_is_settled = True
+            largest = max(batches, key=lambda batch: n_tokens(batch[0]))
+            n_passes = len(self.engine.estimator.probes()) * len(batches)
+            if self.device_fit.before_steps(partial(self._loss, model, *largest), largest[0], n_passes=n_passes):
                 self._moved_before = self.engine.store.traffic.copy()
         if self._step_offset is None:
             self._step_offset = self._find_step_offset()
@@ -339,8 +341,7 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         yield
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
-        norm = self._get_grad_norm(model)
-        if norm > self.args.max_grad_norm > 0:
+        if (norm := self._get_grad_norm(model)) > self.args.max_grad_norm > 0:
             self._grads = tuple(g * self.args.max_grad_norm / norm for g in self._grads)
         return norm
 

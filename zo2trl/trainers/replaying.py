@@ -7,7 +7,7 @@ Invariant: a replayed step is compared with what the trainer would have done; an
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from zo2trl.engine.step import Engine
 from zo2trl.errors import CheckpointError, ConfigError
-from zo2trl.tiers.journal import MarkKind
+from zo2trl.tiers.journal import MarkKind, MarkRecord
 from zo2trl.zo.estimators import Estimate
 from zo2trl.zo.records import Record, StepRecord
 
@@ -34,6 +34,7 @@ class ResumePoint:
         store_id, fingerprint: which journal the checkpoint belongs to, and which history up to its position.
         position: records of the journal that lie before it.
         step_offset: journal step - global step.
+        counters: what the checkpoint says of the trainer's own.
     """
 
     folder: Path | None = None
@@ -41,6 +42,7 @@ class ResumePoint:
     fingerprint: str = ""
     position: int = 0
     step_offset: int = 0
+    counters: dict[str, Any] = field(default_factory=dict)
 
 
 def locate(point: ResumePoint, engine: Engine) -> ResumePoint:
@@ -68,8 +70,7 @@ def locate(point: ResumePoint, engine: Engine) -> ResumePoint:
                 "a checkpoint saved after that."
             )
         return point
-    if can_start_over(engine):
-        started = [mark for mark in journal.marks if mark.kind == MarkKind.STARTED]
+    if started := _started(engine):
         return ResumePoint(position=started[-1].position, step_offset=started[-1].step)
     if store.records:
         raise CheckpointError(
@@ -81,7 +82,12 @@ def locate(point: ResumePoint, engine: Engine) -> ResumePoint:
 
 def can_start_over(engine: Engine) -> bool:
     """Whether the trainer's loop can go through all steps of its training, without a checkpoint."""
-    return any(mark.kind == MarkKind.STARTED for mark in engine.store.journal.marks)
+    return bool(_started(engine))
+
+
+def _started(engine: Engine) -> list[MarkRecord]:
+    """The beginnings of trainings in the run, oldest first."""
+    return [mark for mark in engine.store.journal.marks if mark.kind == MarkKind.STARTED]
 
 
 def note_origin(point: ResumePoint, engine: Engine) -> None:
@@ -92,7 +98,7 @@ def note_origin(point: ResumePoint, engine: Engine) -> None:
 
 def refuse_other_training(point: ResumePoint, engine: Engine) -> None:
     """Raise `CheckpointError` if a located checkpoint lies before the last call of `train` began."""
-    started = [mark for mark in engine.store.journal.marks if mark.kind == MarkKind.STARTED]
+    started = _started(engine)
     if started and (point.position < started[-1].position or point.step_offset != started[-1].step):
         raise CheckpointError(f"{point.folder} belongs to an earlier call of `train`; a later one has begun since.")
 

@@ -9,6 +9,7 @@ Invariant: no pickle is read, and none is left behind.
 """
 
 import logging
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,8 @@ _Base = Trainer if TYPE_CHECKING else object
 logger = logging.getLogger(__name__)
 
 _CURE = "Pass its folder as `model` to begin a run from its weights."
-WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")
+FULL_WEIGHTS = "model*.safetensors"
+WEIGHTS = (FULL_WEIGHTS, "adapter_model.safetensors")
 
 
 class ResumingMixin(RecordingMixin, _Base):
@@ -83,7 +85,7 @@ class ResumingMixin(RecordingMixin, _Base):
             return
         self._continue_run()
         self._forget_counters()
-        point = self._last_point() if folder is None else locate(self._point_of(folder), self.engine)
+        point = self._last_point() if folder is None else locate(_point_of(folder), self.engine)
         if point.folder is not None and not has_length(self.train_dataset) and can_start_over(self.engine):
             # The Trainer cannot find its place in a stream again; going through all of it is what skipping costs, too.
             point = locate(ResumePoint(), self.engine)
@@ -103,36 +105,34 @@ class ResumingMixin(RecordingMixin, _Base):
         last, skipped = checkpoint.last_valid_checkpoint(Path(self.args.output_dir), accept=accept)
         for reason in skipped:
             logger.warning("A checkpoint is passed over: %s", reason)
-        return locate(ResumePoint() if last is None else self._point_of(last), self.engine)
+        return locate(ResumePoint() if last is None else _point(last), self.engine)
 
     def _resume_from_weights(self, folder: Path | None) -> None:
         """The store is gone: begin another from the weights in a checkpoint, if it has any."""
-        if folder is None:
-            folder, _ = checkpoint.last_valid_checkpoint(Path(self.args.output_dir))
-        if folder is None:
+        if folder is not None:
+            found = checkpoint.read_checkpoint(folder)
+        else:
+            found, _ = checkpoint.last_valid_checkpoint(Path(self.args.output_dir))
+        if found is None:
             raise ConfigError(
                 f"`resume_from_checkpoint` found nothing to resume from: no checkpoint in {self.args.output_dir}, and "
                 f"no run in the store {self.args.store_dir}. Leave it out to begin a run."
             )
-        point = self._point_of(folder)
-        if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        if not any(any(found.folder.glob(pattern)) for pattern in WEIGHTS):
             raise CheckpointError(
-                f"{folder} holds no weights, and the store {self.args.store_dir} that it points into holds no run. "
-                "Set `store_dir` to where that run's store is."
+                f"{found.folder} holds no weights, and the store {self.args.store_dir} that it points into holds no "
+                "run. Set `store_dir` to where that run's store is."
             )
         self._takes_weights_from_checkpoint = True
-        self._start_at(point)
+        self._start_at(_point(found))
 
     def _start_at(self, point: ResumePoint) -> None:
         self._resumes_at, self._step_offset = point, point.step_offset
         if point.folder is not None:
             read_rng(point.folder / RNG_NAME)  # samplers take their seed from it when they are made
-            self._randomness.start(checkpoint.read_checkpoint(point.folder).counters.get("data"))
+            self._randomness.start(point.counters.get("data"))
         else:
             self._restore_random_state_at_start()
-
-    def _point_of(self, folder: Path) -> ResumePoint:
-        return _point(checkpoint.read_checkpoint(folder))
 
     def _continue_run(self) -> None:
         """Open the engine on the run in the folder, unless it is open on it."""
@@ -175,7 +175,8 @@ class ResumingMixin(RecordingMixin, _Base):
             return
         folder = named.get("resume_from_checkpoint")
         if folder is not None and named["epoch"] == named["epochs_trained"]:
-            state = checkpoint.read_checkpoint(Path(folder)).counters.get("epoch")
+            assert self._resumes_at is not None
+            state = self._resumes_at.counters.get("epoch")
             if named["steps_trained_in_current_epoch"] and state is not None:
                 set_rng_state(state, where=folder)
             else:
@@ -220,8 +221,9 @@ class ResumingMixin(RecordingMixin, _Base):
         folder = Path(checkpoint_folder)
         if not self._randomness.was_restored:
             read_rng(folder / RNG_NAME)
+        assert self._resumes_at is not None
         try:
-            self._set_counters(checkpoint.read_checkpoint(folder).counters)
+            self._set_counters(deepcopy(self._resumes_at.counters))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder}: its counters are not those of this trainer ({error!r}). Resume with the trainer class "
@@ -232,18 +234,14 @@ class ResumingMixin(RecordingMixin, _Base):
         folder, home = Path(self.state.best_model_checkpoint or ""), Path(self.args.output_dir)
         if not folder.resolve().is_relative_to(home.resolve()):
             raise CheckpointError(f"The best checkpoint is said to be {folder}, which is not below {home}. {_CURE}")
-        if any(any(folder.glob(pattern)) for pattern in WEIGHTS[:1]) and self._reload(str(folder)):
+        if self._reload(str(folder)):
             return
-        point = locate(self._point_of(folder), self.engine)
+        point = locate(_point_of(folder), self.engine)
         self.engine.go_back(point.position, base=self._base_weights())
 
     def _reload(self, folder: str | None) -> bool:
         """Bring a checkpoint's full weights into the store, unit by unit. False: it has none, or not of this kind."""
-        if (
-            not folder
-            or not isinstance(self.model, PreTrainedModel)
-            or not any(Path(folder).glob("model*.safetensors"))
-        ):
+        if not folder or not isinstance(self.model, PreTrainedModel) or not any(Path(folder).glob(FULL_WEIGHTS)):
             return False
         self.engine.replace_weights(self._weights_in(folder))
         return True
@@ -376,10 +374,14 @@ class ResumingMixin(RecordingMixin, _Base):
         self._step_metrics.set_state(counters["step_metrics"])
 
 
+def _point_of(folder: Path) -> ResumePoint:
+    return _point(checkpoint.read_checkpoint(folder))
+
+
 def _point(found: checkpoint.Checkpoint) -> ResumePoint:
     return ResumePoint(
         folder=found.folder, store_id=found.store_id, fingerprint=found.fingerprint, position=found.position,
-        step_offset=found.step_offset,
+        step_offset=found.step_offset, counters=found.counters,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from zo2trl.errors import ConfigError, UnsupportedError
-from zo2trl.zo.gaussian_table import gaussian_table
+from zo2trl.zo.gaussian import gaussian_table
 from zo2trl.zo.philox import LOW32, Words, philox4x32_10
 
 TILE = 4096
@@ -119,9 +119,9 @@ class Rademacher:
 
 
 class Gaussian:
-    """Standard normal deviates: 16 random bits each, looked up in a table, so that every device has the same bits."""
+    """Standard normal deviates of 16 random bits each (gaussian.py): computed on CUDA, looked up on the CPU."""
 
-    identity: str = "philox4x32-10/gaussian-1"
+    identity: str = "philox4x32-10/gaussian-2"
 
     def fill(self, out: torch.Tensor, seed: int, tiles: TileMap) -> None:
         """See `Noise.fill`."""
@@ -133,6 +133,10 @@ class Gaussian:
             # The indices are in range; "wrap" only says so to numpy, which otherwise fills a hidden buffer first.
             np.take(gaussian_table(), _fields(DOMAIN_GAUSSIAN, seed, block), out=rows.reshape(-1, 8, 512), mode="wrap")
             _clear_padding(rows, block)
+
+
+PHILOX_DOMAINS = {Rademacher.identity: DOMAIN_RADEMACHER, Gaussian.identity: DOMAIN_GAUSSIAN}
+"""Streams that kernels make element by element, by their identity."""
 
 
 def make_noise(direction: str) -> Noise:
@@ -172,6 +176,11 @@ def derive_seed(run_seed: int, step: int, index: int) -> int:
     """The seed (unsigned 64-bit) of direction `index` of `step`: two words of Philox in a domain of their own."""
     low, high, _, _ = philox4x32_10((step & LOW32, step >> 32, index, DOMAIN_SEED), run_seed)
     return int(low) | int(high) << 32
+
+
+def direction_seed(step_seed: int, direction: int) -> int:
+    """The seed that names one direction of a step; the first direction carries the step's own seed."""
+    return step_seed if direction == 0 else derive_seed(step_seed, direction, 0)
 
 
 def _on_cuda(out: torch.Tensor, dtype: torch.dtype, tiles: TileMap) -> bool:

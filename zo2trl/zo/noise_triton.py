@@ -1,8 +1,8 @@
 """The streams of noise.py on CUDA devices, as Triton kernels that write the same bits.
 
 Does not: define the streams (noise.py's docstring does), check arguments, choose devices or streams.
-Invariant: only integer operations, comparisons, table lookups and changes of sign happen here, nothing that rounds, so
-equality with the CPU is a matter of the same integers.
+Invariant: integers aside, only the operations of gaussian.py happen here, each exact or rounded once and none left for
+a compiler to fuse (no plain product meets an addition), so equality with the CPU is a matter of the same integers.
 
 One thread makes one Philox call and writes its elements in as many strides as the tile layout has: neighbouring
 threads always write neighbouring elements. `philox4x32_10` is there for fused kernels to use as well.
@@ -11,14 +11,11 @@ threads always write neighbouring elements. `philox4x32_10` is there for fused k
 # Triton comes with torch's CUDA builds only, and its kernels are launched by subscript, which no stub describes.
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
-from zo2trl.zo import noise, philox
-from zo2trl.zo.gaussian_table import N_QUANTILES, gaussian_table
+from zo2trl.zo import gaussian, noise, philox
 
 _M0, _M1 = (tl.constexpr(multiplier) for multiplier in philox.MULTIPLIERS)
 _W0, _W1 = (tl.constexpr(step) for step in philox.KEY_STEPS)
@@ -27,6 +24,8 @@ _TILE = tl.constexpr(noise.TILE)
 _SIGN_CALLS, _FIELD_CALLS = tl.constexpr(noise.SIGN_CALLS), tl.constexpr(noise.FIELD_CALLS)
 _RADEMACHER, _GAUSSIAN = tl.constexpr(noise.DOMAIN_RADEMACHER), tl.constexpr(noise.DOMAIN_GAUSSIAN)
 _ROUNDING = tl.constexpr(noise.DOMAIN_ROUNDING)
+_STEP, _FIRST, _POLE = tl.constexpr(gaussian.STEP), tl.constexpr(gaussian.FIRST), tl.constexpr(gaussian.POLE)
+_C0, _C1, _C2, _C3, _C4 = (tl.constexpr(coefficient) for coefficient in gaussian.COEFFICIENTS)
 
 _TILES_PER_SIGN_PROGRAM = 4  # 128 calls, one per thread of four warps
 # A key half of 1, or a multiple of 16, must not become a compiled-in constant: every seed would be a new kernel.
@@ -42,7 +41,7 @@ def fill_rademacher(out: torch.Tensor, seed: int, tile_rows: torch.Tensor) -> No
         return
     grid = (triton.cdiv(n_tiles, _TILES_PER_SIGN_PROGRAM),)
     with torch.cuda.device(out.device):
-        _rademacher_kernel[grid](out, *tile_rows, n_tiles, *_signed_key(seed), TILES=_TILES_PER_SIGN_PROGRAM)
+        _rademacher_kernel[grid](out, *tile_rows, n_tiles, *signed_key(seed), TILES=_TILES_PER_SIGN_PROGRAM)
 
 
 def fill_gaussian(out: torch.Tensor, seed: int, tile_rows: torch.Tensor) -> None:
@@ -50,10 +49,8 @@ def fill_gaussian(out: torch.Tensor, seed: int, tile_rows: torch.Tensor) -> None
     n_tiles = tile_rows.shape[1]
     if n_tiles == 0:
         return
-    table = device_table(out.device)
     with torch.cuda.device(out.device):
-        # 16 warps hide the lookups best: 640 G elements/s on an H200, where 4 warps make 480.
-        _gaussian_kernel[(n_tiles,)](out, table, *tile_rows, *_signed_key(seed), num_warps=16)
+        _gaussian_kernel[(n_tiles,)](out, *tile_rows, *signed_key(seed))
 
 
 def fill_rounding_bits(out: torch.Tensor, seed: int, tile_rows: torch.Tensor) -> None:
@@ -63,21 +60,11 @@ def fill_rounding_bits(out: torch.Tensor, seed: int, tile_rows: torch.Tensor) ->
         return
     tensor_ids, tile_indices, _ = tile_rows
     with torch.cuda.device(out.device):
-        _rounding_kernel[(n_tiles,)](out, tensor_ids, tile_indices, *_signed_key(seed))
+        _rounding_kernel[(n_tiles,)](out, tensor_ids, tile_indices, *signed_key(seed))
 
 
-@cache
-def device_table(device: torch.device) -> torch.Tensor:
-    """The upper half of the Gaussian table on `device`: float32 [32768], kept for the life of the process.
-
-    The lower half is its mirror image. The whole, 256 KiB, does not fit a multiprocessor's L1 cache: looking it up
-    from there was three times slower on an H200 (165 G elements/s).
-    """
-    return torch.from_numpy(gaussian_table()[N_QUANTILES // 2 :].copy()).to(device)
-
-
-def _signed_key(seed: int) -> tuple[int, int]:
-    """The key as two int32 with the same bits: Triton types an integer argument by its value, so uint32 would vary."""
+def signed_key(seed: int) -> tuple[int, int]:
+    """A seed's key as two int32 with the same bits: Triton types an integer by its value, so uint32 would vary."""
     low, high = philox.key_halves(seed)
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
@@ -86,15 +73,13 @@ def _signed_key(seed: int) -> tuple[int, int]:
 def philox4x32_10(c0, c1, c2, c3, key_low, key_high):
     """The four output words, uint32, of counters (c0, c1, c2, c3); all arguments uint32 of shapes that broadcast."""
     for _ in tl.static_range(_ROUNDS):
+        # A product of 64 bits is one instruction, its two halves on their own are two.
+        product0, product1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key_low
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ key_high
+        c3 = product0.to(tl.uint32)
         # Wrapping is meant: without the flag Triton's debug mode reports it as an overflow.
-        low0 = tl.mul(c0, _M0, sanitize_overflow=False)
-        low1 = tl.mul(c2, _M1, sanitize_overflow=False)
-        high0 = tl.umulhi(c0, _M0)
-        high1 = tl.umulhi(c2, _M1)
-        c0 = high1 ^ c1 ^ key_low
-        c1 = low1
-        c2 = high0 ^ c3 ^ key_high
-        c3 = low0
         key_low = tl.add(key_low, _W0, sanitize_overflow=False)
         key_high = tl.add(key_high, _W1, sanitize_overflow=False)
     return c0, c1, c2, c3
@@ -131,11 +116,20 @@ def field_of_words(w0, w1, w2, w3, FIELD: tl.constexpr):
 
 
 @triton.jit
-def gaussian_of_field(field, table):
-    """Entry `field` of the whole table, from its upper half: entry 32767 - m is minus entry 32768 + m."""
-    is_upper = field >= 32768
-    magnitude = tl.load(table + tl.where(is_upper, field - 32768, 32767 - field))
-    return tl.where(is_upper, magnitude, -magnitude)
+def gaussian_of_field(field):
+    """The deviate, float32, of `field`, int32 in [0, 65536): the formula of gaussian.py, 12 instructions on a GPU.
+
+    The last one is a plain multiplication: a kernel that adds to it is launched with `enable_fp_fusion=False`.
+    """
+    # A 16-bit half of a register is converted by one instruction; the shift and the addition are another.
+    u = tl.fma(field.to(tl.float32), _STEP, _FIRST)
+    v = tl.fma(u, u, -_POLE)
+    v = v * v
+    v = v * v
+    v = v * v
+    y = ((v.to(tl.int32, bitcast=True) >> 7) + 0x3F800000).to(tl.float32, bitcast=True)
+    p = tl.fma(y, tl.fma(y, tl.fma(y, tl.fma(y, _C4, _C3), _C2), _C1), _C0)
+    return u * p
 
 
 @triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_ROWS)
@@ -160,7 +154,7 @@ def _rademacher_kernel(out, tensor_ids, tile_indices, n_valid, n_tiles, key_low,
 
 
 @triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_ROWS)
-def _gaussian_kernel(out, table, tensor_ids, tile_indices, n_valid, key_low, key_high):
+def _gaussian_kernel(out, tensor_ids, tile_indices, n_valid, key_low, key_high):
     tile = tl.program_id(0)
     call = tl.arange(0, _FIELD_CALLS)
     tensor_id, tile_index = tl.load(tensor_ids + tile), tl.load(tile_indices + tile)
@@ -169,7 +163,7 @@ def _gaussian_kernel(out, table, tensor_ids, tile_indices, n_valid, key_low, key
     first = tile.to(tl.int64) * _TILE
     for i in tl.static_range(8):
         element = i * _FIELD_CALLS + call
-        z = gaussian_of_field(field_of_words(w0, w1, w2, w3, i), table)
+        z = gaussian_of_field(field_of_words(w0, w1, w2, w3, i))
         tl.store(out + first + element, tl.where(element < valid, z, 0.0))
 
 

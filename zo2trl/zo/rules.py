@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from zo2trl.zo.noise import TILE, Noise, TileMap, derive_seed, rounding_bits
+from zo2trl.zo.noise import PHILOX_DOMAINS, TILE, Noise, TileMap, direction_seed, rounding_bits
 from zo2trl.zo.records import Record, StepRecord
 
-__all__ = ["Rounding", "Span", "UpdateAlong", "UpdateRule", "direction_seed"]
+__all__ = ["Displaced", "Rounding", "Span", "UpdateAlong", "UpdateRule"]
 
 Rounding = Literal["nearest", "stochastic"]
 UpdateAlong = Literal["drawn", "applied"]
@@ -47,9 +47,13 @@ class Span:
         return buffer[self.byte_start : self.byte_start + n_bytes].view(self.dtype)
 
 
-def direction_seed(step_seed: int, direction: int) -> int:
-    """The seed that names one direction of a step; the first direction carries the step's own seed."""
-    return step_seed if direction == 0 else derive_seed(step_seed, direction, 0)
+class Displaced(NamedTuple):
+    """Weights to make: clean + coefficient * z(seed)."""
+
+    seed: int
+    coefficient: float
+    into: torch.Tensor
+    """uint8, laid out like the clean ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,35 +74,92 @@ class UpdateRule:
         """Name of the arithmetic, part of the journal's header."""
         return f"sgd-1/{self.update_along}/{self.rounding}"
 
+    def visit(
+        self,
+        weights: torch.Tensor,
+        spans: Sequence[Span],
+        records: Sequence[Record],
+        *,
+        probes: Sequence[Displaced] = (),
+        keep: bool = True,
+    ) -> bool:
+        """Bring clean weights forward over `records`, rounding after each step, and make up to two probes of them.
+
+        All buffers are uint8 on one device; bytes outside the spans (frozen tensors) are neither read nor written.
+        How many records one call brings them over never shows in the bits, so lazy equals eager.
+
+        Args:
+            weights: clean bytes.
+            probes: along one direction; the last may write into `weights` itself, which leaves no clean ones.
+            keep: whether `weights` must hold the clean result afterwards. If not, storing it may be saved.
+
+        Returns:
+            Whether `weights` hold the clean result; if not, they are unchanged, or displaced by the last probe.
+        """
+        assert len({probe.seed for probe in probes}) <= 1, "probes of one call share their direction"
+        steps = [record for record in records if isinstance(record, StepRecord)]
+        in_place = any(probe.into.data_ptr() == weights.data_ptr() for probe in probes)
+        keep = keep or not (in_place or self._may_leave(weights, steps))
+        if steps or probes:
+            for span in spans:
+                self._visit_span(weights, span, steps, probes=probes, keep=keep)
+        return keep
+
+    def _may_leave(self, weights: torch.Tensor, steps: Sequence[StepRecord]) -> bool:
+        """Whether one pass over the weights does, which need not store them."""
+        if not (weights.is_cuda and self.noise.identity in PHILOX_DOMAINS):
+            return False
+        from zo2trl.zo import visit_triton
+
+        return len(visit_triton.batches(steps)) <= 1
+
+    def _visit_span(
+        self,
+        weights: torch.Tensor,
+        span: Span,
+        steps: Sequence[StepRecord],
+        *,
+        probes: Sequence[Displaced],
+        keep: bool,
+    ) -> None:
+        if weights.is_cuda and self.noise.identity in PHILOX_DOMAINS:
+            from zo2trl.zo import visit_triton
+
+            return visit_triton.visit(weights, span, steps, rule=self, probes=probes, keep=keep)
+        flat = span.view(weights)
+        for tiles, run in _chunks(span.tiles, weights.device):
+            for record in steps:
+                self._step(flat[run], tiles, record, decays=span.decays)
+            self._displace(flat[run], tiles, [(probe, span.view(probe.into)[run]) for probe in probes])
+
     def perturb(
         self, clean: torch.Tensor, into: torch.Tensor, spans: Sequence[Span], *, seed: int, coefficient: float
     ) -> None:
-        """Write clean + coefficient * z(seed) of every span into the scratch buffer; `clean` is only read.
-
-        Both buffers are uint8 on one device. Bytes outside the spans (frozen tensors) are not written.
-        """
-        for span in spans:
-            source, target = span.view(clean), span.view(into)
-            for tiles, run in _chunks(span.tiles, clean.device):
-                step = self._draw(seed, tiles, clean.device).mul_(coefficient)
-                if span.dtype == torch.float32:
-                    torch.add(source[run], step, out=target[run])
-                else:
-                    target[run].copy_(torch.add(source[run], step, out=step))
+        """Write clean + coefficient * z(seed) of every span into the scratch buffer; `clean` is only read."""
+        self.visit(clean, spans, (), probes=[Displaced(seed, coefficient, into)])
 
     def replay(self, weights: torch.Tensor, spans: Sequence[Span], records: Sequence[Record]) -> None:
-        """Bring clean weights forward over `records`, in place, rounding after each step (so lazy equals eager)."""
-        steps = [record for record in records if isinstance(record, StepRecord)]
-        for span in spans:
-            flat = span.view(weights)
-            for tiles, run in _chunks(span.tiles, weights.device):
-                for record in steps:
-                    self._step(flat[run], tiles, record, decays=span.decays)
+        """Bring clean weights forward over `records`, in place."""
+        self.visit(weights, spans, records)
 
     def draw_everything(self, span: Span, *, seed: int, device: torch.device) -> None:
         """Draw a span's noise as `perturb` does and throw it away: what the noise alone costs."""
         for tiles, _ in _chunks(span.tiles, device):
             self._draw(seed, tiles, device)
+
+    def _displace(
+        self, clean: torch.Tensor, tiles: TileMap, targets: Sequence[tuple[Displaced, torch.Tensor]]
+    ) -> None:
+        if not targets:
+            return
+        z = self._draw(targets[0][0].seed, tiles, clean.device)
+        step = torch.empty_like(z) if len(targets) > 1 else z
+        for probe, target in targets:
+            torch.mul(z, probe.coefficient, out=step)
+            if clean.dtype == torch.float32:
+                torch.add(clean, step, out=target)
+            else:
+                target.copy_(torch.add(clean, step, out=step))
 
     def _step(self, weights: torch.Tensor, tiles: TileMap, record: StepRecord, *, decays: bool) -> None:
         grads = record.projected_grads

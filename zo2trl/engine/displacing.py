@@ -1,0 +1,88 @@
+"""Displacer: which memory each probe of a visit gets, and both probes of a direction in one pass over the weights.
+
+Does not: choose probes, bind parameters, or run a model.
+Invariant: memory is handed out again only when the round that used it is over.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+
+from zo2trl.tiers.loans import Loan
+from zo2trl.tiers.store import TieredStore
+from zo2trl.zo.estimators import Probe
+from zo2trl.zo.noise import direction_seed
+from zo2trl.zo.rules import Displaced
+
+__all__ = ["Displacer", "Round"]
+
+Round = list[tuple[Probe, list[torch.Tensor | None]]]
+"""Probes that are ready at once, each with what its trainable segments are bound to (None: the clean weights)."""
+
+
+class Displacer:
+    """Owns the scratch memory of one engine; it is allocated at the first step."""
+
+    def __init__(self, store: TieredStore) -> None:
+        self._store = store
+        self._copies: list[torch.Tensor] = []
+
+    def rounds(self, loans: Sequence[Loan], probes: Sequence[Probe], *, seed: int) -> Iterator[Round]:
+        """Make the weights of every probe of one visit, as many at a time as there is memory for.
+
+        The probe at the clean weights comes first, if it is there; then directions in order. The last probe of all
+        takes the place of the clean weights where these are not kept.
+        """
+        moving = [probe for probe in probes if probe.coefficient != 0.0]
+        if still := [probe for probe in probes if probe.coefficient == 0.0]:
+            for loan in loans:
+                loan.clean()
+            yield [(probe, [None] * len(loans)) for probe in still]
+        groups = self._groups(loans, moving)
+        for number, group in enumerate(groups, start=1):
+            yield self._displaced(loans, group, seed=seed, is_last=number == len(groups))
+
+    def scratch(self) -> list[torch.Tensor]:
+        """The memory itself: as many copies as the placement counts."""
+        placement = self._store.placement
+        while len(self._copies) < placement.scratch_copies:
+            self._copies.append(torch.empty(placement.scratch_bytes, dtype=torch.uint8, device=self._store.device))
+        return self._copies
+
+    def free(self) -> None:
+        """Let go of the memory."""
+        self._copies = []
+
+    def _groups(self, loans: Sequence[Loan], probes: Sequence[Probe]) -> list[list[Probe]]:
+        """Probes to make together: those of a direction if there is memory for two, else one by one."""
+        directions = [list(group) for _, group in groupby(probes, key=lambda probe: probe.direction)]
+        two_copies = self._store.placement.scratch_copies > 1
+        in_place = all(loan.may_be_displaced for loan in loans if loan.segment.is_trainable)
+        groups: list[list[Probe]] = []
+        for number, group in enumerate(directions, start=1):
+            fits = len(group) == 2 and (two_copies or (in_place and number == len(directions)))
+            groups += [group] if fits else [[probe] for probe in group]
+        return groups
+
+    def _displaced(self, loans: Sequence[Loan], group: Sequence[Probe], *, seed: int, is_last: bool) -> Round:
+        round_: Round = [(probe, []) for probe in group]
+        seed = direction_seed(seed, group[0].direction)
+        start = 0
+        for loan in loans:
+            n_bytes = loan.segment.n_bytes
+            if loan.segment.is_trainable:
+                targets = self._targets(loan, start, n=len(group))
+                start += n_bytes
+                displaced = [Displaced(seed, p.coefficient, into) for p, into in zip(group, targets, strict=True)]
+                loan.displace(displaced, is_last=is_last)
+            else:
+                targets = [None] * len(group)
+            for (_, bound), target in zip(round_, targets, strict=True):
+                bound.append(target)
+        return round_
+
+    def _targets(self, loan: Loan, start: int, *, n: int) -> Sequence[torch.Tensor]:
+        stop = start + loan.segment.n_bytes
+        scratch = [copy[start:stop] for copy in self.scratch()[:n]]
+        return scratch if len(scratch) == n else [*scratch, loan.weights]

@@ -1,0 +1,31 @@
+"""Rhythm: whose turn it is to be written.
+
+Does not: write anything, or know what a unit's bytes are.
+Invariant: units take turns, so that every step writes about equally much.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from zo2trl.tiers.layout import Unit
+from zo2trl.tiers.placement import TierName
+
+__all__ = ["Rhythm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rhythm:
+    """Steps between two writes of one unit."""
+
+    write_back: Mapping[TierName, int]
+    """To its home, by tier; a tier that is not named: every step."""
+    snapshot: int
+    """Of a unit in memory to a file."""
+
+    def store_every(self, tier: TierName) -> int:
+        """Steps between two times that a unit's weights are stored at home with every record absorbed."""
+        return self.write_back.get(tier, 1)
+
+    def is_turn(self, unit: Unit, *, every: int, position: int) -> bool:
+        """Whether a unit is due after the record that leads to `position`."""
+        return (position + unit.index) % every == 0
