@@ -1,20 +1,22 @@
 """A step on a GPU in every mode, against bare forwards, raw copies and raw reads measured in the same run.
 
     python -m benchmarks.step_gpu --model opt-13b --out benchmarks/results/step_gpu_opt_13b.json
-    python -m benchmarks.step_gpu --model opt-13b --modes streamed --device_memory 12GB
+    python -m benchmarks.step_gpu --model opt-13b --modes budget --budgets 6GB 12GB 18GB 24GB
 
 OPT or Llama by size name with random weights made on the GPU, full fine-tuning with SGD, one batch of 1 x 2048 tokens.
 Reported per mode: median step time and tokens per second, what bounds it and the ratio to that bound, bytes per step
-and link, and the peaks of the allocator, of the device, of pinned and of anonymous host memory.
+and link, and the peaks of the allocator, of the device, of pinned and of anonymous host memory. One engine serves all
+modes: its units move.
 """
 
 import argparse
-import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from benchmarks._floors import copy_rates, two_forwards_s
 from benchmarks._report import add_out, write_report
+from zo2trl.engine.fitting import DeviceFit
 from zo2trl.engine.heads import deferring_logits, hook_heads
-from zo2trl.engine.opening import EngineOptions, open_engine
+from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
 from zo2trl.engine.step import Engine
-from zo2trl.tiers.placement import Budgets, parse_size
+from zo2trl.engine.trace import draw_timeline, zo_trace
+from zo2trl.tiers.layout import plan_layout
+from zo2trl.tiers.placement import Budgets, parse_size, place
+from zo2trl.zo.estimators import TwoSidedSPSA
 
 # blocks, hidden size, feed-forward size, heads
 OPT = {
@@ -39,16 +45,19 @@ OPT = {
 LLAMA = {"llama-1b": (16, 2048, 8192, 32), "llama-8b": (32, 4096, 14336, 32)}
 LINKS = ("h2d", "d2h", "disk_read", "disk_written")
 EVERYTHING = 1 << 40
+ROOM_FOR_ACTIVATIONS = 300 << 20
 STEADY = 4  # steps before measuring: kernels compile, the ring fills, the first write-backs happen
 
+BLOCK, LEAF = "block", "leaf"
 MODES: dict[str, dict[str, Any]] = {
-    "resident": {"device": EVERYTHING, "cpu": 0},
-    "streamed": {"device": "min", "cpu": EVERYTHING},
-    "written": {"device": "min", "cpu": EVERYTHING, "write_back_every": 1},
-    "directions": {"device": "min", "cpu": EVERYTHING, "num_directions": 2},
-    "batches": {"device": "min", "cpu": EVERYTHING, "n_batches": 4},
-    "lora": {"device": "min", "cpu": EVERYTHING, "lora": True},
-    "disk": {"device": "min", "cpu": 0},
+    "resident": {"device": EVERYTHING},
+    "streamed": {"device": "all streamed"},
+    "written": {"device": "all streamed", "write_back_every": 1},
+    "directions": {"device": "all streamed", "num_directions": 2},
+    "batches": {"device": "all streamed", "n_batches": 4},
+    "leaves": {"device": 2 << 30, "granularity": LEAF},
+    "budget": {},
+    "disk": {"device": "all streamed", "cpu": 0},
 }
 
 
@@ -57,34 +66,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*OPT, *LLAMA], default="opt-1.3b")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["resident", "streamed", "written"])
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--direction", default="rademacher")
     parser.add_argument("--rounding", choices=["nearest", "stochastic"])
-    parser.add_argument("--granularity", default="block")
-    parser.add_argument("--write_back_every", type=int)
-    parser.add_argument("--device_memory", nargs="*", default=[], help="budgets to use in place of the mode's own")
-    parser.add_argument("--cpu_memory")
+    parser.add_argument("--lora", action="store_true", help="train rank-16 adapters on q_proj and v_proj only")
+    parser.add_argument("--budgets", nargs="+", default=["6GB", "12GB"], help="device budgets of the mode `budget`")
+    parser.add_argument("--cpu_memory", default="1TB", help="of every mode but `disk`")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--store", type=Path, help="folder for stores; for the disk mode, on the disk to measure")
+    parser.add_argument("--store", type=Path, help="folder for the store; for the disk mode, on the disk to measure")
+    parser.add_argument("--trace", type=Path, help="folder for traces and pictures of three steps")
+    parser.add_argument("--trace_modes", nargs="+", choices=MODES, default=["streamed"])
     add_out(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
-    torch.backends.cuda.matmul.allow_tf32 = False
 
-    ids = torch.randint(4, 32000, (1, options.tokens), device="cuda")
     model = make_model(options)
-    floors = {"two_forwards_ms": two_forwards_s(model, ids, repeats=options.repeats) * 1e3, **copy_rates()}
-    del model
-    rows = {}
-    for name in options.modes:
-        for budget in options.device_memory or [None]:
-            mode = dict(MODES[name]) | ({"device": parse_size(budget, argument="--device_memory")} if budget else {})
-            label = f"{name} {budget}" if budget else name
-            rows[label] = run(ids, mode=mode, options=options, floors=floors)
-            print(label, rows[label], flush=True)
-    write_report(options.out, model=options.model, tokens=options.tokens, floors=floors, modes=rows)
+    batches = [torch.randint(4, 32000, (1, n), device="cuda") for n in options.tokens]
+    floors = copy_rates() | {
+        f"two_forwards_ms_{ids.numel()}": two_forwards_s(model, ids, repeats=options.repeats) * 1e3 for ids in batches
+    }
+    if options.lora:
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
+    rows: dict[str, Any] = {}
+    with opened(model, options) as (engine, settings):
+        for name in options.modes:
+            for budget in options.budgets if name == "budget" else [None]:
+                for ids in batches:
+                    mode = MODES[name] | ({"device": parse_size(budget, argument="--budgets")} if budget else {})
+                    label = " ".join(filter(None, [name, budget, f"{ids.numel()} tokens"]))
+                    bench = Bench(engine, settings, mode, options=options, floors=floors)
+                    rows[label] = bench.run(ids, label=label, traced=name in options.trace_modes)
+                    print(label, rows[label], flush=True)
+    write_report(options.out, model=options.model, direction=options.direction, floors=floors, modes=rows)
 
 
 def make_model(options: argparse.Namespace) -> nn.Module:
@@ -114,83 +129,131 @@ def make_model(options: argparse.Namespace) -> nn.Module:
 
 
 @contextmanager
-def opened(model: nn.Module, mode: dict[str, Any], options: argparse.Namespace) -> Iterator[Engine]:
+def opened(model: nn.Module, options: argparse.Namespace) -> Iterator[tuple[Engine, EngineOptions]]:
     """An engine in a folder of its own. Nothing is kept of the first weights: they can be drawn again."""
-    cpu = parse_size(options.cpu_memory, argument="--cpu_memory") if options.cpu_memory else mode["cpu"]
+    only_disk = options.modes == ["disk"]
+    cpu = 0 if only_disk else parse_size(options.cpu_memory, argument="--cpu_memory")
     with tempfile.TemporaryDirectory(dir=options.store) as folder:
-        engine = open_engine(
-            model,
-            EngineOptions(
-                budgets=Budgets(device=mode["device"], cpu=cpu), device=torch.device("cuda"), seed=0,
-                store_dir=Path(folder) / "store", granularity=options.granularity, direction=options.direction,
-                rounding=options.rounding, num_directions=mode.get("num_directions", 1),
-                write_back_every=options.write_back_every or mode.get("write_back_every", "auto"),
-                base_folder="random weights of benchmarks/step_gpu.py",
-            ),
+        settings = EngineOptions(
+            budgets=Budgets(device="min" if only_disk else EVERYTHING, cpu=cpu), device=torch.device("cuda"), seed=0,
+            store_dir=Path(folder) / "store", granularity=BLOCK, direction=options.direction,
+            rounding=options.rounding, base_folder="random weights of benchmarks/step_gpu.py",
         )  # fmt: skip
+        engine = open_engine(model, settings)
         engine.on_shutdown += [handle.remove for handle in hook_heads(model)]
         try:
-            yield engine
+            yield engine, settings
         finally:
             engine.shutdown(flush=False)
 
 
-def run(
-    ids: torch.Tensor, *, mode: dict[str, Any], options: argparse.Namespace, floors: dict[str, float]
-) -> dict[str, Any]:
-    """One mode in its steady state."""
-    model = make_model(options)
-    if mode.get("lora"):
-        model = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
-    n_batches = mode.get("n_batches", 1)
-    started_s = time.perf_counter()
-    with opened(model, mode, options) as engine:
-        opened_s = time.perf_counter() - started_s
-        gc.collect()
-        torch.cuda.empty_cache()
-        numbers = iter(range(1 << 30))
+class Bench:
+    """One mode: the engine's units moved to where it wants them, then steps in the steady state."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: EngineOptions,
+        mode: dict[str, Any],
+        *,
+        options: argparse.Namespace,
+        floors: dict[str, float],
+    ) -> None:
+        self.engine, self.options, self.floors = engine, options, floors
+        self.n_batches = mode.get("n_batches", 1)
+        self.n_directions = mode.get("num_directions", 1)
+        settings = replace(
+            settings, num_directions=self.n_directions, granularity=mode.get("granularity", BLOCK),
+            write_back_every=mode.get("write_back_every", "auto"),
+            budgets=Budgets(device=EVERYTHING, cpu=mode.get("cpu", settings.budgets.cpu)),
+        )  # fmt: skip
+        device = mode["device"]
+        if device == "all streamed":
+            device = three_of_a_ring(engine.model, settings)
+        self.settings = replace(settings, budgets=replace(settings.budgets, device=device))
+        engine.estimator = TwoSidedSPSA(zo_eps=1e-3, num_directions=self.n_directions)
+
+    def run(self, ids: torch.Tensor, *, label: str, traced: bool) -> dict[str, Any]:
+        """Figures of this mode with one batch [1, tokens] as every micro-batch."""
+        engine = self.engine
 
         def loss() -> torch.Tensor:
             with deferring_logits():
-                return model(input_ids=ids, labels=ids).loss
+                return engine.model(input_ids=ids, labels=ids).loss
 
         def step() -> None:
-            engine.step([loss] * n_batches, step=next(numbers))
+            number = len(engine.store.journal.records)
+            engine.step([loss] * self.n_batches, step=number)
             engine.commit(learning_rate=1e-6, weight_decay=0.0)
 
+        plan = plan_engine(engine.model, self.settings)
+        engine.regranulate(plan.layout, plan.placement)
+        n_passes = 2 * self.n_directions * self.n_batches
+        torch.cuda.empty_cache()
+        if self.settings.budgets.device != EVERYTHING:
+            DeviceFit(engine, self.settings).before_steps(loss, {"input_ids": ids}, n_passes=n_passes)
+        torch.cuda.empty_cache()
         for _ in range(STEADY):
             step()
         torch.cuda.reset_peak_memory_stats()
-        before = dict(engine.store.traffic)
-        step_s = []
-        for _ in range(options.repeats):
-            started_s = time.perf_counter()
-            step()
-            step_s.append(time.perf_counter() - started_s)
-        n_bytes = {link: (engine.store.traffic[link] - before.get(link, 0)) / options.repeats for link in LINKS}
+        before = Counter(engine.store.traffic)
+        step_s = [seconds(step) for _ in range(self.options.repeats)]
+        moved = engine.store.traffic - before
+        figures = self._figures(
+            statistics.median(step_s), {link: moved[link] / len(step_s) for link in LINKS}, tokens=ids.numel()
+        )
+        if traced and self.options.trace is not None:
+            figures["trace"] = self._traced(step, label.replace(" ", "_"))
+        return figures
+
+    def _figures(self, step_s: float, n_bytes: dict[str, float], *, tokens: int) -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info()
-        row = {
-            "step_ms": statistics.median(step_s) * 1e3,
-            "slowest_step_ms": max(step_s) * 1e3,
-            "tokens_per_second": n_batches * ids.numel() / statistics.median(step_s),
+        up, floors = n_bytes["h2d"], self.floors
+        compute_ms = floors[f"two_forwards_ms_{tokens}"] * self.n_batches * self.n_directions
+        # What goes down shares the link with what comes up: measured both at once, each way gets less.
+        bounds_ms = {
+            "compute": compute_ms,
+            "upload": up / floors["up_gb_s"] / 1e6,
+            "both ways": min(up, n_bytes["d2h"]) / floors["each_way_gb_s"] / 1e6
+            + max(up - n_bytes["d2h"], 0.0) / floors["up_gb_s"] / 1e6,
+        }
+        memory = psutil.Process().memory_info()
+        return {
+            "step_ms": step_s * 1e3,
+            "tokens_per_second": self.n_batches * tokens / step_s,
+            "over": {name: step_s * 1e3 / bound_ms for name, bound_ms in bounds_ms.items() if bound_ms},
             "bytes_per_step": n_bytes,
             "allocator_peak_bytes": torch.cuda.max_memory_allocated(),
+            "device_memory": self.settings.budgets.device,
             "device_used_bytes": total - free,
-            "cpu_tier_bytes": engine.store.placement.cpu_bytes,
-            "anonymous_bytes": psutil.Process().memory_info().rss - psutil.Process().memory_info().shared,
-            "store": engine.store.summary(),
-            "opened_s": opened_s,
+            "cpu_tier_bytes": self.engine.store.placement.cpu_bytes,
+            "anonymous_bytes": memory.rss - memory.shared,
+            "write_back_every": dict(self.engine.store.rhythm.write_back),
+            "store": self.engine.store.summary(),
         }
-    compute_ms = floors["two_forwards_ms"] * n_batches * mode.get("num_directions", 1)
-    link_ms = n_bytes["h2d"] / floors["up_gb_s"] / 1e6
-    # What goes down shares the link with what comes up: measured both at once, each way gets less.
-    duplex_ms = max(n_bytes["h2d"], n_bytes["d2h"]) / floors["each_way_gb_s"] / 1e6
-    row |= {
-        "over_compute": row["step_ms"] / compute_ms,
-        "over_upload": row["step_ms"] / link_ms if link_ms else None,
-        "over_duplex": row["step_ms"] / duplex_ms if n_bytes["d2h"] else None,
-    }
-    return row
+
+    def _traced(self, step: Callable[[], None], name: str) -> str:
+        self.options.trace.mkdir(parents=True, exist_ok=True)
+        with zo_trace(self.engine, self.options.trace / f"{name}.json.gz") as trace:
+            for _ in range(3):
+                step()
+        draw_timeline(trace.timeline, self.options.trace / f"{name}.png", title=f"{self.options.model}, {name}")
+        return str(trace.summary)
+
+
+def three_of_a_ring(model: nn.Module, settings: EngineOptions) -> int:
+    """The device budget with which every block is streamed through a ring of three, activations included."""
+    layout = plan_engine(model, replace(settings, budgets=Budgets(device="min", cpu=EVERYTHING))).layout
+    layout = plan_layout(model) if settings.granularity == BLOCK else layout
+    least = place(layout, Budgets(device="min", cpu=EVERYTHING))
+    return least.device_bytes + least.largest_segment_bytes + ROOM_FOR_ACTIVATIONS
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Wall time of one call, which waits for the losses by itself."""
+    started_s = time.perf_counter()
+    run()
+    return time.perf_counter() - started_s
 
 
 if __name__ == "__main__":

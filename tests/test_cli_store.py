@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import shutil
 import subprocess
 import sys
@@ -212,7 +213,8 @@ def test_whoever_reads_the_log_may_stop(run: Path) -> None:
         step = journal.records[4]
         for number in range(5, 3000):
             journal.append(step._replace(step=number))
-    line = f"{' '.join(COMMAND)} log {run}/store --json | head -n 1; echo ${{PIPESTATUS[0]}}"
+    log = shlex.join([*map(str, COMMAND), "log", str(run / "store"), "--json"])
+    line = f"{log} | head -n 1; echo ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "0"
     assert ended.stderr == ""

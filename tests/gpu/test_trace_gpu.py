@@ -22,10 +22,10 @@ N_STEPS = 6
 
 def traced(folder: Path, *, cpu: int, in_loss: Any = None, **options: Any) -> tuple[Trace, dict[str, int], set[str]]:
     """(trace of whole steps, bytes that the store counted meanwhile, names of the streamed units)."""
-    model = tiny_model("opt", dtype=torch.bfloat16)
+    model = tiny_model("llama", dtype=torch.bfloat16)
     hook_heads(model)
-    # transformers looks at the values of an attention mask, and waits for them, at the beginning of every forward.
-    batch = {key: value.cuda() for key, value in tiny_batch("opt").items() if key != "attention_mask"}
+    # With an attention mask (OPT makes its own), transformers waits for its values at the beginning of every forward.
+    batch = {key: value.cuda() for key, value in tiny_batch("llama").items() if key != "attention_mask"}
     settled = {"granularity": "block", "write_back_every": 1, "seed": 0} | options
     budgets = Budgets(device="min", cpu=cpu)
     engine = open_engine(

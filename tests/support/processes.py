@@ -244,6 +244,9 @@ class Held:
     @classmethod
     def now(cls) -> "Held":
         """Look."""
+        n_threads = _n_threads()
+        while (n_now := _n_threads(after_s=0.01)) != n_threads:  # the kernel may show a joined thread for a moment
+            n_threads = n_now
         files: dict[int, str] = {}
         for entry in Path("/proc/self/fd").iterdir():
             try:
@@ -253,7 +256,12 @@ class Held:
         maps = Path("/proc/self/maps").read_text().splitlines()
         paths = [line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6]
         mapped = sorted(path for path in paths if path.startswith("/") and ".so" not in path)
-        return cls(files, len(list(Path("/proc/self/task").iterdir())), mapped, len(maps))
+        return cls(files, n_threads, mapped, len(maps))
+
+
+def _n_threads(*, after_s: float = 0.0) -> int:
+    time.sleep(after_s)
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 # -- what was opened

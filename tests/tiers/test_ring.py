@@ -39,9 +39,9 @@ def opt_block(hidden):
 
 
 @settings(max_examples=200, deadline=None)
-@given(sizes=sizes_of_leaves, spare=st.integers(0, 40))
-def test_every_segment_lies_inside_the_ring_on_an_aligned_address(sizes, spare):
-    n_bytes = max(sizes) + spare * ALIGNMENT
+@given(sizes=sizes_of_leaves, spare_bytes=st.integers(0, 40 * ALIGNMENT))
+def test_every_segment_lies_inside_the_ring_on_an_aligned_address(sizes, spare_bytes):
+    n_bytes = max(sizes) + spare_bytes
     for region in plan(sizes, n_bytes):
         assert region.start % ALIGNMENT == 0 and region.start >= 0 and region.stop <= n_bytes
     assert plan_ring(sizes, n_bytes)[0] == 0

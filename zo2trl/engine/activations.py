@@ -36,9 +36,7 @@ def passes_per_march(
     return min(max(int(room * FREE_SHARE) // max(held, 1), 1), MAX_PASSES)
 
 
-def activation_bytes(
-    model: nn.Module, inputs: Mapping[str, Any], *, n_passes: int, whole_logits: bool = False
-) -> int:
+def activation_bytes(model: nn.Module, inputs: Mapping[str, Any], *, n_passes: int, whole_logits: bool = False) -> int:
     """More than so many passes over one micro-batch hold in memory, most likely."""
     tokens, hidden = n_tokens(inputs), _hidden_size(model)
     text = _text_config(model)

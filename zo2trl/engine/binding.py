@@ -89,6 +89,13 @@ class Binding:
                 parameter.data = self._resting[spec.tensor_id] = view
         self.note_versions()
 
+    def let_go(self) -> None:
+        """Leave every parameter poisoned and hold no home: units may move, and this binding is of no more use."""
+        self.poison_all()
+        self._bound_views.clear()
+        self._rest_views.clear()
+        self._resting.clear()
+
     def rest_point(self, point: VisitPoint) -> None:
         """End of a visit outside any march."""
         for segment in point.segments:

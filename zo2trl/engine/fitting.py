@@ -3,8 +3,8 @@
 Does not: choose tiers or byte counts by itself (tiers/placement.py), or run outside the moment before a march.
 
 What a march holds beside weights is not known before a batch is there. So the first time a batch is larger than any
-before, room is made for a generous estimate, one march on clean weights is measured, and units move to where the
-measured room lets them be.
+before, room is made for a generous estimate, a step's march is made without a step and measured, and units move to
+where the measured room lets them be.
 Invariant: weights move with every step absorbed, so where they live never shows in a bit.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from zo2trl.engine.activations import activation_bytes, n_tokens, passes_per_march
 from zo2trl.engine.discovery import settle_granularity
-from zo2trl.engine.opening import EngineOptions, plan_engine
+from zo2trl.engine.opening import EngineOptions, plan_engine, write_back_intervals
 from zo2trl.engine.step import Engine
 from zo2trl.errors import BudgetError
 from zo2trl.tiers.placement import place, smallest_device_budget
@@ -71,6 +71,7 @@ class DeviceFit:
             self._covered = int(size * growth)
             changed = True
         if not self._is_settled:
+            self._find_rhythm(size)
             settle_granularity(self._engine, loss, options=self._options)
             self._is_settled = changed = True
         return changed
@@ -86,6 +87,13 @@ class DeviceFit:
             n_bytes = activation_bytes(self._engine.model, inputs, n_passes=n_passes, whole_logits=whole_logits)
             if n_bytes > self._options.budgets.reserve:
                 self._make_room(n_bytes, is_estimate=True)
+
+    def _find_rhythm(self, size: int) -> None:
+        """How often units are written depends on how much a visit computes, which is known now."""
+        tokens = size // (2 * self._options.num_directions)
+        self._options = replace(self._options, tokens_per_step=max(tokens, 1))
+        store = self._engine.store
+        store.rhythm = replace(store.rhythm, write_back=write_back_intervals(store.layout, self._options))
 
     @property
     def _is_wanted(self) -> bool:
@@ -110,9 +118,8 @@ class DeviceFit:
             self._engine.regranulate(layout, placement)
 
     def _measured(self, loss: Callable[[], Any], *, n_passes: int) -> int:
-        """Bytes that a march takes beside what the placement counts."""
+        """Bytes that the march of a step takes beside what the placement counts."""
         engine, device = self._engine, self._options.device
-        engine.take_scratch()
         torch.cuda.reset_peak_memory_stats(device)
-        engine.run_clean([loss] * n_passes)
+        engine.rehearse([loss] * max(n_passes // len(engine.estimator.probes()), 1))
         return max(torch.cuda.max_memory_allocated(device) - engine.store.placement.device_bytes, 0)

@@ -38,7 +38,15 @@ from zo2trl.zo.mezo import MezoNoise, MezoSeeds, device_kind
 from zo2trl.zo.noise import Noise, derive_seed, make_noise
 from zo2trl.zo.rules import Rounding, UpdateAlong, UpdateRule
 
-__all__ = ["EngineOptions", "Plan", "has_run", "open_engine", "plan_again", "plan_engine"]
+__all__ = [
+    "EngineOptions",
+    "Plan",
+    "has_run",
+    "open_engine",
+    "plan_again",
+    "plan_engine",
+    "write_back_intervals",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +209,7 @@ def _open_folder(model: nn.Module, plan: Plan, options: EngineOptions, *, mode: 
 def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.Module) -> Run:
     trainable = plan.layout.trainable_tensors()
     rhythm = Rhythm(
-        write_back=_intervals(plan.layout, options),
+        write_back=write_back_intervals(plan.layout, options),
         snapshot=snapshot_interval(
             sum(spec.numel for spec in trainable),
             device_type=options.device.type, max_replay_s=options.max_replay_s,
@@ -242,7 +250,12 @@ def _default_rounding(layout: Layout) -> Rounding:
     return "stochastic" if is_16_bit else "nearest"
 
 
-def _intervals(layout: Layout, options: EngineOptions) -> dict[TierName, int]:
+def write_back_intervals(layout: Layout, options: EngineOptions) -> dict[TierName, int]:
+    """Steps between two times that a unit's weights are stored at home, by tier.
+
+    Raises:
+        ConfigError: `write_back_every` is no number of steps.
+    """
     itemsize = min((tensor.dtype.itemsize for tensor in layout.trainable_tensors()), default=4)
     tiers: Sequence[TierName] = ("cpu", "disk")
     if options.write_back_every != "auto":

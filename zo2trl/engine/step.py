@@ -134,6 +134,10 @@ class Engine:
         with self._saying_what_fills_memory():
             self.store.append(record)
 
+    def rehearse(self, losses: Sequence[Closure]) -> None:
+        """Do what a step does up to its losses, and nothing with them: for those who measure."""
+        self._march([(run, probe) for run in losses for probe in self.estimator.probes()], seed=0)
+
     def run_clean(self, closures: Sequence[Closure]) -> list[Any]:
         """Call every closure once on the weights as they are, all in one march; their values in order."""
         with self.store.writing_back():
@@ -161,15 +165,12 @@ class Engine:
         """Visit the same units at other points (whole blocks, leaves), or let them live elsewhere."""
         self._adopt_changes()  # what was written into the views up to here would not be seen through new ones
         self.binding.unhook()
+        self.binding.let_go()  # a unit that moves away should not be held here as well
         self._displacer.free()
         try:
             self.store.regranulate(layout, placement)
         finally:
             self._bind()
-
-    def take_scratch(self) -> None:
-        """Allocate what the first step would: for those who measure."""
-        self._displacer.scratch()
 
     def shutdown(self, *, flush: bool = True) -> None:
         """Absorb every step, take the hooks off and close the store; idempotent.

@@ -75,7 +75,8 @@ def plan_ring(sizes: Sequence[int], n_bytes: int) -> list[int]:
       with 2 times, and 485 with 2.5 times);
     - where the last lap lies, for the next round begins at 0 whatever is there.
     """
-    return list(_plan(tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), n_bytes))
+    aligned = tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return list(_plan(aligned, n_bytes // ALIGNMENT * ALIGNMENT))
 
 
 @lru_cache(maxsize=16)

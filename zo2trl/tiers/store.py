@@ -42,7 +42,7 @@ class TieredStore:
         journal: receives every step; its records are what leases catch up with.
         logbook: kept for those who measure; closed with the store.
         rule: how a record changes weights.
-        rhythm: how often units are written.
+        rhythm: how often units are written; may be replaced between steps.
         device: where leases are lent.
         on_first_step: called once, when the first step is durable.
         on_close: called once when everything else is closed (gives up the folder).
@@ -65,7 +65,7 @@ class TieredStore:
     ) -> None:
         self.homes, self.journal, self.logbook, self.rule, self.device = homes, journal, logbook, rule, device
         self.records = journal.records
-        self._rhythm = rhythm
+        self.rhythm = rhythm
         self._on_first_step: Callable[[], None] | None = on_first_step
         self._on_close = on_close
         self._eager = False
@@ -165,7 +165,7 @@ class TieredStore:
         self._absorb_rest()
         position = len(self.records)
         for unit in self.layout.units:
-            is_its_turn = self._rhythm.is_turn(unit, every=self._rhythm.snapshot, position=position)
+            is_its_turn = self.rhythm.is_turn(unit, every=self.rhythm.snapshot, position=position)
             if is_its_turn and unit.is_trained and self.tier_of(unit) != "disk":
                 self.homes.snapshot(unit)
 
@@ -372,8 +372,8 @@ class TieredStore:
         tier = self.tier_of(unit)
         if self.homes.read_only and tier == "disk":
             return False
-        every = self._rhythm.store_every(tier)
-        return self._eager or self._rhythm.is_turn(unit, every=every, position=len(self.records) + in_steps)
+        every = self.rhythm.store_every(tier)
+        return self._eager or self.rhythm.is_turn(unit, every=every, position=len(self.records) + in_steps)
 
     def _may_be_due(self, segment: Segment) -> bool:
         """Asked when a segment is fetched, which may be a step before it is used."""
