@@ -101,9 +101,9 @@ class Peak:
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
-    return int(line.split()[1]) * 1024
+    """Memory of this process that no file backs: RssAnon, and RssShmem, where the ring's memory counts."""
+    sizes = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(sizes[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
 if __name__ == "__main__":

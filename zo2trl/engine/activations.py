@@ -17,7 +17,7 @@ from zo2trl.tiers.store import TieredStore
 
 __all__ = ["activation_bytes", "n_tokens", "passes_per_march"]
 
-HELD_STATES = 6  # hidden states, residual, masks and what generic code keeps, in units of one hidden state in fp32
+HELD_STATES = 6  # hidden states, residual, masks and what generic code keeps, in units of one hidden state
 BLOCK_STATES = 16  # of the running block: projections, attention, both sides of the feed-forward and its activation
 LOGIT_BYTES = 12  # a logit in 16 bit, in fp32, and as a log-probability
 ATTENTION_BYTES = 8  # an attention score in 16 bit, and in fp32 for the softmax
@@ -32,16 +32,15 @@ def passes_per_march(
     room = free_device_bytes(store.device)
     if budgets is not None and budgets.device != "min":
         room = min(room, budgets.device - smallest_device_budget(store.layout))
-    held = HELD_STATES * 4 * n_tokens(inputs) * _hidden_size(model)
+    held = HELD_STATES * _state_bytes(model, inputs)
     return min(max(int(room * FREE_SHARE) // max(held, 1), 1), MAX_PASSES)
 
 
 def activation_bytes(model: nn.Module, inputs: Mapping[str, Any], *, n_passes: int, whole_logits: bool = False) -> int:
     """More than so many passes over one micro-batch hold in memory, most likely."""
-    tokens, hidden = n_tokens(inputs), _hidden_size(model)
-    text = _text_config(model)
-    held = n_passes * HELD_STATES * 4 * tokens * hidden
-    running = BLOCK_STATES * 4 * tokens * max(hidden, (getattr(text, "intermediate_size", 0) or 4 * hidden) // 4)
+    tokens, text, state = n_tokens(inputs), _text_config(model), _state_bytes(model, inputs)
+    held = n_passes * HELD_STATES * state
+    running = BLOCK_STATES * state
     vocabulary = getattr(text, "vocab_size", None) or 1
     logits = LOGIT_BYTES * vocabulary * (n_passes * tokens if whole_logits else min(tokens, CHUNK_ROWS))
     scores = 0
@@ -54,6 +53,12 @@ def activation_bytes(model: nn.Module, inputs: Mapping[str, Any], *, n_passes: i
 def n_tokens(inputs: Mapping[str, Any]) -> int:
     """Elements of the largest tensor of a micro-batch: its tokens, padding included."""
     return max((value.numel() for value in inputs.values() if isinstance(value, torch.Tensor)), default=1)
+
+
+def _state_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """One hidden state, as wide as the model's weights."""
+    itemsize = next((p.dtype.itemsize for p in model.parameters() if p.dtype.is_floating_point), 4)
+    return max(itemsize, 2) * n_tokens(inputs) * _hidden_size(model)
 
 
 def _length(inputs: Mapping[str, Any]) -> int:

@@ -47,9 +47,10 @@ class DeviceFit:
         return self._options
 
     def passes_per_march(self, inputs: Mapping[str, Any]) -> int:
-        """See `activations.passes_per_march`."""
+        """See `activations.passes_per_march`; never fewer than a micro-batch has probes."""
         engine = self._engine
-        return passes_per_march(engine.store, engine.model, inputs, budgets=self._options.budgets)
+        most = passes_per_march(engine.store, engine.model, inputs, budgets=self._options.budgets)
+        return max(most, len(engine.estimator.probes()))
 
     def before_steps(self, loss: Callable[[], Any], inputs: Mapping[str, Any], *, n_passes: int) -> bool:
         """Make sure that a march of so many passes over such a micro-batch fits; whether anything changed.
@@ -93,7 +94,8 @@ class DeviceFit:
         tokens = size // (2 * self._options.num_directions)
         self._options = replace(self._options, tokens_per_step=max(tokens, 1))
         store = self._engine.store
-        store.rhythm = replace(store.rhythm, write_back=write_back_intervals(store.layout, self._options))
+        every = write_back_intervals(store.layout, store.placement, self._options)
+        store.rhythm = replace(store.rhythm, write_back=every)
 
     @property
     def _is_wanted(self) -> bool:

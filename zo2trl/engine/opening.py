@@ -209,7 +209,7 @@ def _open_folder(model: nn.Module, plan: Plan, options: EngineOptions, *, mode: 
 def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.Module) -> Run:
     trainable = plan.layout.trainable_tensors()
     rhythm = Rhythm(
-        write_back=write_back_intervals(plan.layout, options),
+        write_back=write_back_intervals(plan.layout, plan.placement, options),
         snapshot=snapshot_interval(
             sum(spec.numel for spec in trainable),
             device_type=options.device.type, max_replay_s=options.max_replay_s,
@@ -250,7 +250,7 @@ def _default_rounding(layout: Layout) -> Rounding:
     return "stochastic" if is_16_bit else "nearest"
 
 
-def write_back_intervals(layout: Layout, options: EngineOptions) -> dict[TierName, int]:
+def write_back_intervals(layout: Layout, placement: Placement, options: EngineOptions) -> dict[TierName, int]:
     """Steps between two times that a unit's weights are stored at home, by tier.
 
     Raises:
@@ -262,9 +262,11 @@ def write_back_intervals(layout: Layout, options: EngineOptions) -> dict[TierNam
         if options.write_back_every < 1:
             raise ConfigError(f'`write_back_every` must be at least 1 step or "auto", got {options.write_back_every}.')
         return dict.fromkeys(tiers, options.write_back_every)
+    streamed = [unit for unit in layout.units if placement.tier_of[unit.index] != "gpu"]
     interval = partial(
         write_back_interval, device_type=options.device.type, itemsize=itemsize,
         token_passes=2 * options.num_directions * options.tokens_per_step, num_directions=options.num_directions,
+        streamed_share=sum(u.n_bytes for u in streamed) / max(sum(u.n_bytes for u in layout.units), 1),
     )  # fmt: skip
     # In a GPU's own memory, storing signs' steps every other time and replaying two at once takes the least time.
     found: dict[TierName, int] = {tier: interval(tier=tier) for tier in tiers}

@@ -277,13 +277,20 @@ class _Rates:
 
 
 def write_back_interval(
-    *, tier: TierName, device_type: str, itemsize: int, token_passes: int = 4096, num_directions: int = 1
+    *,
+    tier: TierName,
+    device_type: str,
+    itemsize: int,
+    token_passes: int = 4096,
+    num_directions: int = 1,
+    streamed_share: float = 1.0,
 ) -> int:
     """Steps between write-backs of a unit: the K with which a step takes the least time.
 
-    Per weight, a step takes the longer of moving (a read, and a write every K steps) and computing (a multiplication
-    and an addition per token and pass, and replaying (K + 1) / 2 pending steps on average). So K is long where the
-    link is what a step waits for, as long as replay hides under it, and 1 where computing hides the writes.
+    Per streamed weight, a step takes the longer of moving (a read, and a write every K steps) and computing (a
+    multiplication and an addition per token and pass, for the resident weights as well, and replaying (K + 1) / 2
+    pending steps on average). So K is long where the link is what a step waits for, as long as replay hides under it,
+    and 1 where computing hides the writes.
 
     Of all K within half a per cent of the best, units in host memory take the shortest, which leaves the least to
     catch up with, and units on disk the longest, for drives wear out by writing.
@@ -299,13 +306,14 @@ def write_back_interval(
         itemsize: bytes of a stored weight.
         token_passes: tokens that one visit of a unit computes, summed over probes and micro-batches.
         num_directions: of one step; each is replayed.
+        streamed_share: how much of the weights is streamed, in (0, 1].
     """
     rates = _RATES[device_type == "cuda", tier]
 
     def seconds(interval: int) -> float:
         moving = itemsize / rates.read_bytes + itemsize / rates.write_bytes / interval
         replaying = num_directions * (1 / rates.first_updates + (interval - 1) / 2 / rates.updates)
-        return max(moving, 2 * token_passes / rates.flops + replaying)
+        return max(moving, 2 * token_passes / rates.flops / max(streamed_share, 1e-3) + replaying)
 
     intervals = range(1, MAX_WRITE_BACK_INTERVAL + 1)
     best = min(map(seconds, intervals))
