@@ -131,7 +131,8 @@ def test_a_checkpoint_of_another_run_or_history_is_refused(
     [
         (["--step", "9"], "from 0 to 5"),
         (["--base", "nowhere/at-all"], ""),
-        (["--device", "cuda"], "no CUDA device"),
+        (["--device", "cuda"], "no such CUDA device"),
+        (["--device", "foo"], "no device to replay"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line_on_stderr(

@@ -65,7 +65,7 @@ def test_tiles_far_inside_a_huge_tensor_match_the_cpu(kind):
     # Call numbers here need more than 32 bits, and the last tile index there is.
     far = one.tile_indices + (1 << 27) - 3
     far[-1] = 0xFFFFFFFF
-    tiles = TileMap(one.tensor_ids, far, one.n_valid)
+    tiles = TileMap.of_rows(one.tensor_ids, far, one.n_valid)
     assert torch.equal(filled(kind, 11, tiles, "cuda"), filled(kind, 11, tiles, "cpu"))
 
 

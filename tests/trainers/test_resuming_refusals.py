@@ -86,20 +86,31 @@ def test_a_run_does_not_end_before_its_journal_does(training: Training, max_step
     assert len(finished(training, tmp_path).records) == 6
 
 
-def test_what_may_change_from_life_to_life(tmp_path: Path) -> None:
-    """Choices that the journal notes at every step."""
+def test_what_may_change_from_life_to_life(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Choices that the journal notes at every step; nobody changes them without being told."""
     run_until_crash(PLAIN(tmp_path), LAST)
     changed = PLAIN.having(max_steps=8, zo_eps=1e-2, weight_decay=0.1, num_directions=2)
     with closing(changed(tmp_path)) as trainer:
         trainer.train(resume_from_checkpoint=True)
         records = trainer.engine.store.journal.records
         before = weights_of(trainer.model)
+    assert all(f"`{name}` was" in caplog.text for name in ("zo_eps", "weight_decay", "num_directions"))
     assert [(r.zo_eps, r.weight_decay, len(r.projected_grads)) for r in records] == [(1e-3, 0.0, 1)] * 5 + [
         (1e-2, 0.1, 2)
     ] * 3
     with closing(changed(tmp_path)) as trainer:
         trainer.train(resume_from_checkpoint=True)
         assert differing(before, weights_of(trainer.model)) == []
+
+
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_what_finds_another_place_in_the_data_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    run_until_crash(PLAIN(tmp_path), LAST)
+    with (
+        closing(PLAIN.having(**{name: 3})(tmp_path)) as trainer,
+        pytest.raises(ConfigError, match=rf"`{name}` was \d when this training began and is 3 now"),
+    ):
+        trainer.train(resume_from_checkpoint=True)
 
 
 # -- other weights

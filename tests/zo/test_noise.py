@@ -116,7 +116,7 @@ def test_every_element_is_the_one_the_stream_defines(kind, seed, tensor_id, elem
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_past_four_billion_calls_are_numbered_in_64_bits(kind):
     first_tile = (1 << 27) - 1
-    tiles = TileMap(np.uint32([5, 5]), np.uint32([first_tile, first_tile + 1]), np.int32([TILE, TILE]))
+    tiles = TileMap.of_rows(np.uint32([5, 5]), np.uint32([first_tile, first_tile + 1]), np.int32([TILE, TILE]))
     values = filled(kind, 3, tiles)
     for element in range(0, 2 * TILE, 601):
         assert values[element] == element_by_definition(kind, 3, 5, first_tile * TILE + element)
@@ -260,14 +260,21 @@ def test_empty_tile_map_fills_nothing():
         assert filled(kind, 1, tiles).size == 0
 
 
-def test_slices_of_slices_share_memory_and_device_copies_with_the_whole_map():
+def test_slices_of_slices_share_device_copies_with_the_whole_map():
     tiles = TileMap.for_tensors([(1, 5 * TILE), (2, 2 * TILE + 7)])
     part = tiles.slice(2, 99).slice(1, 4)
-    assert np.shares_memory(part.tensor_ids, tiles.tensor_ids)
+    assert part.tensor_ids.tolist() == tiles.tensor_ids[3:6].tolist()
     cpu = torch.device("cpu")
     assert part.on_device(cpu).data_ptr() == tiles.on_device(cpu).data_ptr() + 3 * 4
     expected = [part.tensor_ids.tolist(), part.tile_indices.tolist(), part.n_valid.tolist()]
     assert part.on_device(cpu).tolist() == expected
+
+
+def test_a_map_takes_memory_per_tensor_however_large_it_is():
+    tiles = TileMap.for_tensors([(3, 1 << 50), (4, 0), (5, 9)])
+    assert len(tiles) == (1 << 50) // TILE + 1
+    last = tiles.slice(len(tiles) - 2, len(tiles))
+    assert (last.tensor_ids.tolist(), last.n_valid.tolist()) == ([3, 5], [TILE, 9])
 
 
 def test_unknown_direction_names_the_nearest_valid_one():

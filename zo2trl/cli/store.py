@@ -111,8 +111,14 @@ def _export(arguments: argparse.Namespace) -> None:
         if arguments.step is not None:
             raise ConfigError(f"`--step` and a checkpoint name two moments. Leave one out, or export {source.parent}.")
         source, moment = _of_checkpoint(source, arguments.store)
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"`--device {arguments.device}`: no CUDA device can be used here. Leave it out.")
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f'`--device {arguments.device}` is no device to replay steps on: name "cpu" or "cuda".')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"`--device {arguments.device}`: no such CUDA device can be used here. Leave it out.")
     with _progress("Exporting") as progress:
         export_store(
             source, arguments.out, step=arguments.step, moment=moment, base=arguments.base, device=arguments.device,

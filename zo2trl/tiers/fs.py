@@ -322,6 +322,17 @@ class FS:
                 )
             time.sleep(0.01)
 
+    def is_locked(self, path: Path) -> bool:
+        """Whether somebody owns `path` (see `lock`). What the file says is no proof: an owner may have been killed."""
+        fd = self.open(path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            self.close(fd)
+        return False
+
 
 def _open_regular(path: Path, flags: int) -> int:
     # O_NONBLOCK: opening a pipe that somebody put in a file's place must fail, not wait for a writer.

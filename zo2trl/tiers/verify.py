@@ -123,10 +123,10 @@ class _Look:
         root, fs = self._root, self._fs
         with self._noting(root / "lock"):
             holder = fs.read_text(root / "lock", max_bytes=MAX_LOCK_TEXT) if fs.exists(root / "lock") else ""
-            if holder:
+            if holder and fs.is_locked(root / "lock"):
                 pid, _, host = holder.partition(" ")
-                what = f"process {pid} on {host} works with this store, or was killed while it did"
-                self._note(root / "lock", what, "If it is still running, verify again when it has ended.")
+                what = f"process {pid} on {host} works with this store"
+                self._note(root / "lock", what, "Verify again when it has ended.")
         names = fs.list_names(root)
         if "store.json" not in names:
             self._damage(root / "store.json", "the file is missing", _COPY)

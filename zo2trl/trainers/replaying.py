@@ -6,12 +6,14 @@ evaluations from the logbook. Weights are not touched: the store has absorbed th
 Invariant: a replayed step is compared with what the trainer would have done; another learning rate is refused.
 """
 
+import logging
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import has_length
 
 from zo2trl.engine.step import Engine
 from zo2trl.errors import CheckpointError, ConfigError
@@ -20,9 +22,18 @@ from zo2trl.zo.estimators import Estimate
 from zo2trl.zo.records import Record, StepRecord
 
 __all__ = [
-    "Replay", "ResumePoint", "can_start_over", "estimate_of", "locate", "note_origin", "refuse_changed_weights",
-    "refuse_other_rates", "refuse_other_training",
+    "Replay", "ResumePoint", "can_start_over", "compare_settings", "estimate_of", "locate", "note_origin",
+    "note_start", "refuse_changed_weights", "refuse_other_rates", "refuse_other_training", "settings_of",
 ]  # fmt: skip
+
+
+_NOTED_BY_STEPS = ("zo_eps", "num_directions", "weight_decay", "max_grad_norm")
+_SETTINGS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "max_length", "packing",
+    *_NOTED_BY_STEPS,
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +99,41 @@ def can_start_over(engine: Engine) -> bool:
 def _started(engine: Engine) -> list[MarkRecord]:
     """The beginnings of trainings in the run, oldest first."""
     return [mark for mark in engine.store.journal.marks if mark.kind == MarkKind.STARTED]
+
+
+def settings_of(trainer: Any) -> dict[str, Any]:
+    """What a trainer's steps are made of beside weights, seeds and learning rates."""
+    args, dataset = trainer.args, trainer.train_dataset
+    settings = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+    return settings | {"train_dataset rows": len(dataset) if has_length(dataset) else None}
+
+
+def note_start(engine: Engine, step_offset: int, *, randomness: Any, settings: dict[str, Any]) -> None:
+    """The first step of a training is next: its loop could start again here, without a checkpoint."""
+    book, position = engine.store.logbook, len(engine.store.records)
+    book.put("settings", position, settings)
+    book.put("started", position, randomness, sync=True)
+    engine.store.journal.append_mark(MarkKind.STARTED, step=step_offset)
+
+
+def compare_settings(engine: Engine, settings: dict[str, Any]) -> None:
+    """Compare settings with those the training began with; what every step notes may change, and is warned about.
+
+    Raises:
+        ConfigError: a setting has changed that finds another place in the data.
+    """
+    started = _started(engine)
+    before = engine.store.logbook.get("settings", started[-1].position) if started else None
+    for name, value in (before or {}).items():
+        if name not in settings or settings[name] == value:
+            continue
+        changed = f"`{name}` was {value!r} when this training began and is {settings[name]!r} now"
+        if name not in _NOTED_BY_STEPS:
+            raise ConfigError(
+                f"{changed}: the loop would go on at another place in the data. Resume with the arguments of the "
+                "run, or export the weights of a checkpoint (`zo2trl export`) and start a new run from them."
+            )
+        logger.warning("%s: it holds for the steps that are made from here on.", changed)
 
 
 def note_origin(point: ResumePoint, engine: Engine) -> None:

@@ -32,11 +32,14 @@ from zo2trl.trainers.replaying import (
     Replay,
     ResumePoint,
     can_start_over,
+    compare_settings,
     locate,
     note_origin,
+    note_start,
     refuse_other_rates,
     refuse_other_training,
-)
+    settings_of,
+)  # fmt: skip
 from zo2trl.trainers.states import (
     RNG_NAME,
     read_rng,
@@ -84,6 +87,7 @@ class ResumingMixin(RecordingMixin, _Base):
             self._resume_from_weights(folder)
             return
         self._continue_run()
+        compare_settings(self.engine, settings_of(self))
         self._forget_counters()
         point = self._last_point() if folder is None else locate(_point_of(folder), self.engine)
         if point.folder is not None and not has_length(self.train_dataset) and can_start_over(self.engine):
@@ -345,10 +349,7 @@ class ResumingMixin(RecordingMixin, _Base):
         write_rng(Path(output_dir) / RNG_NAME)
 
     def _note_start(self, step_offset: int) -> None:
-        """The first step of a training is next: its loop could start again here, without a checkpoint."""
-        store = self.engine.store
-        store.logbook.put("started", len(store.records), self._random_state_at_start, sync=True)
-        store.journal.append_mark(MarkKind.STARTED, step=step_offset)
+        note_start(self.engine, step_offset, randomness=self._random_state_at_start, settings=settings_of(self))
 
     # -- what is left over between two logs
 

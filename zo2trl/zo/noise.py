@@ -15,9 +15,9 @@ that a GPU warp, one call per thread, writes neighbouring elements, and so that 
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,55 +36,90 @@ DIRECTIONS = ("rademacher", "gaussian", "mezo")
 _SIGN_BLOCK, _FIELD_BLOCK = 256, 32
 
 
+class _Runs(NamedTuple):
+    """Consecutive tiles of one tensor each: arrays [n_runs]."""
+
+    first_tiles: npt.NDArray[np.int64]
+    """Where a run begins in the map; ascending."""
+    tensor_ids: npt.NDArray[np.uint32]
+    first_indices: npt.NDArray[np.int64]
+    """Position inside the tensor of the run's first tile."""
+    numels: npt.NDArray[np.int64]
+    """Elements of the tensor from there on."""
+
+
 @dataclass(frozen=True, eq=False)
 class TileMap:
-    """What each tile of a flat run of whole tiles holds.
+    """What each tile of a flat run of whole tiles holds: the tiles from `start` to `stop` (exclusive) of some tensors.
 
-    Attributes:
-        tensor_ids: uint32 [n_tiles], the tensor a tile belongs to.
-        tile_indices: uint32 [n_tiles], the tile's position inside that tensor.
-        n_valid: int32 [n_tiles], how many of its elements are the tensor's; the rest of the tile is padding.
+    A map takes memory per tensor; what it says of each tile is computed when it is asked for, of a small slice mostly.
     """
 
-    tensor_ids: npt.NDArray[np.uint32]
-    tile_indices: npt.NDArray[np.uint32]
-    n_valid: npt.NDArray[np.int32]
-    _parent: "tuple[TileMap, int] | None" = field(default=None, repr=False)
+    _runs: _Runs = field(repr=False)
+    start: int
+    stop: int
     _copies: dict[torch.device, torch.Tensor] = field(default_factory=dict[torch.device, torch.Tensor], repr=False)
 
     @classmethod
     def for_tensors(cls, tensors: Sequence[tuple[int, int]]) -> "TileMap":
         """The map of a buffer that holds `tensors`, pairs (tensor id, number of elements), each from a new tile on."""
-        ids = np.array([tensor_id for tensor_id, _ in tensors], dtype=np.uint32)
-        numels = np.array([numel for _, numel in tensors], dtype=np.int64)
+        held = [pair for pair in tensors if pair[1]]
+        ids = np.array([tensor_id for tensor_id, _ in held], dtype=np.uint32)
+        numels = np.array([numel for _, numel in held], dtype=np.int64)
         n_tiles: npt.NDArray[np.int64] = -(-numels // TILE)
-        first_tiles = np.cumsum(n_tiles) - n_tiles
-        indices = np.arange(int(n_tiles.sum()), dtype=np.int64) - np.repeat(first_tiles, n_tiles)
-        n_valid = np.minimum(np.repeat(numels, n_tiles) - indices * TILE, TILE)
-        return cls(np.repeat(ids, n_tiles), indices.astype(np.uint32), n_valid.astype(np.int32))
+        return cls(_Runs(np.cumsum(n_tiles) - n_tiles, ids, np.zeros_like(numels), numels), 0, int(n_tiles.sum()))
+
+    @classmethod
+    def of_rows(
+        cls, tensor_ids: npt.NDArray[np.uint32], tile_indices: npt.NDArray[np.uint32], n_valid: npt.NDArray[np.int32]
+    ) -> "TileMap":
+        """Any tiles at all, given one by one."""
+        runs = _Runs(np.arange(len(tensor_ids)), tensor_ids, tile_indices.astype(np.int64), n_valid.astype(np.int64))
+        return cls(runs, 0, len(tensor_ids))
 
     def __len__(self) -> int:
-        return len(self.tensor_ids)
+        return self.stop - self.start
+
+    @property
+    def tensor_ids(self) -> npt.NDArray[np.uint32]:
+        """uint32 [n_tiles], the tensor a tile belongs to."""
+        return self._rows[0]
+
+    @property
+    def tile_indices(self) -> npt.NDArray[np.uint32]:
+        """uint32 [n_tiles], the tile's position inside that tensor."""
+        return self._rows[1]
+
+    @property
+    def n_valid(self) -> npt.NDArray[np.int32]:
+        """int32 [n_tiles], how many of its elements are the tensor's; the rest of the tile is padding."""
+        return self._rows[2]
+
+    @property
+    def _rows(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
+        tiles = np.arange(self.start, self.stop)
+        run = np.searchsorted(self._runs.first_tiles, tiles, side="right") - 1
+        within = tiles - self._runs.first_tiles[run]
+        n_valid = np.minimum(self._runs.numels[run] - within * TILE, TILE)
+        indices = self._runs.first_indices[run] + within
+        return self._runs.tensor_ids[run], indices.astype(np.uint32), n_valid.astype(np.int32)
 
     def slice(self, start: int, stop: int) -> "TileMap":
-        """Tiles `start` to `stop` (exclusive), as views that share this map's device copies."""
-        root, offset = self._parent or (self, 0)
-        part = np.s_[start:stop]
-        views = (self.tensor_ids[part], self.tile_indices[part], self.n_valid[part])
-        return TileMap(*views, _parent=(root, offset + part.indices(len(self))[0]))
+        """Tiles `start` to `stop` (exclusive) of this map, which share its device copies."""
+        first, last, _ = slice(start, stop).indices(len(self))
+        return replace(self, start=self.start + first, stop=self.start + max(first, last))
 
     def on_device(self, device: torch.device) -> torch.Tensor:
         """The three arrays as the rows of an int32 [3, n_tiles] tensor (uint32 as its bits), copied once per map."""
-        if self._parent is not None:
-            root, offset = self._parent
-            return root.on_device(device)[:, offset : offset + len(self)]
         copy = self._copies.get(device)
         if copy is None:
-            rows = np.stack([self.tensor_ids.view(np.int32), self.tile_indices.view(np.int32), self.n_valid])
+            ends = self._runs.first_tiles - (-self._runs.numels // TILE)
+            ids, indices, n_valid = replace(self, start=0, stop=int(ends[-1]) if len(ends) else 0)._rows
+            rows = np.stack([ids.view(np.int32), indices.view(np.int32), n_valid])
             # This copy blocks, so any stream may read it at once. Two threads may both make one: either will do, but
             # only the one kept in the dict is handed out, or a stream could outlive the memory it reads.
             copy = self._copies.setdefault(device, torch.as_tensor(rows).to(device))
-        return copy
+        return copy[:, self.start : self.stop]
 
 
 class Noise(Protocol):
