@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,9 @@ def test_an_error_of_any_disk_call_in_a_worker_reaches_the_trainer_at_once(tmp_p
         fs = QuickFaultyFS("EIO")
         player = Player(SETUP, tmp_path / f"{nth}", fs=fs)
         player.play([*steps(1, 2), Action("settle")])
+        fetched = [fetch.job for fetch in player.store._prefetcher._ahead]
         player.store.homes_changed()  # what was fetched ahead would not be read again
+        wait(fetched)  # nobody would hear of a fault in a read whose bytes are dropped
         fs.only(call, nth)
         error, wait_s = train_until_it_fails(player, 3)
         assert isinstance(error, StoreError) and "errno 5" in str(error), f"{call} {nth}: {error!r}"

@@ -143,9 +143,9 @@ class DiskReading:
         self._home.read_at(data, offset, directly=self._shown is None)
         self._sums.add(data, offset)
         if self._shown is not None:
-            shown = torch.from_numpy(self._shown[offset : offset + len(data)])
-            if not torch.equal(shown, into):
-                into.copy_(shown)
+            shown, stored = self._shown[offset : offset + len(data)], np.frombuffer(data, np.uint8)
+            if not np.array_equal(shown, stored):
+                stored[:] = shown
                 self.was_written_to = True
 
     def finish(self) -> None:
