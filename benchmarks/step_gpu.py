@@ -169,7 +169,7 @@ class Bench:
         )  # fmt: skip
         device = mode["device"]
         if device == "all streamed":
-            device = three_of_a_ring(engine.model, settings, n_passes=2 * self.n_directions * self.n_batches)
+            device = three_of_a_ring(engine.model, n_passes=2 * self.n_directions * self.n_batches)
         self.settings = replace(settings, budgets=replace(settings.budgets, device=device))
         engine.estimator = TwoSidedSPSA(zo_eps=1e-3, num_directions=self.n_directions)
 
@@ -245,11 +245,9 @@ class Bench:
         return str(trace.summary)
 
 
-def three_of_a_ring(model: nn.Module, settings: EngineOptions, *, n_passes: int) -> int:
+def three_of_a_ring(model: nn.Module, *, n_passes: int) -> int:
     """The device budget with which every block is streamed through a ring of three, activations included."""
-    layout = plan_engine(model, replace(settings, budgets=Budgets(device="min", cpu=EVERYTHING))).layout
-    layout = plan_layout(model) if settings.granularity == BLOCK else layout
-    least = place(layout, Budgets(device="min", cpu=EVERYTHING))
+    least = place(plan_layout(model), Budgets(device="min", cpu=EVERYTHING))
     return least.device_bytes + least.largest_segment_bytes + n_passes * ROOM_FOR_A_PASS
 
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from zo2trl.engine.deferred import CHUNK_ROWS
 from zo2trl.tiers.machine import free_device_bytes
-from zo2trl.tiers.placement import Budgets, smallest_device_budget
 from zo2trl.tiers.store import TieredStore
 
 __all__ = ["activation_bytes", "n_tokens", "passes_per_march"]
@@ -26,12 +25,14 @@ MAX_PASSES = 256
 
 
 def passes_per_march(
-    store: TieredStore, model: nn.Module, inputs: Mapping[str, Any], *, budgets: Budgets | None = None
+    store: TieredStore, model: nn.Module, inputs: Mapping[str, Any], *, room: int | None = None
 ) -> int:
-    """An upper bound on passes for one march, from the shape of one micro-batch; at least 1."""
-    room = free_device_bytes(store.device)
-    if budgets is not None and budgets.device != "min":
-        room = min(room, budgets.device - smallest_device_budget(store.layout))
+    """An upper bound on passes for one march, from the shape of one micro-batch; at least 1.
+
+    `room`: bytes of the device that weights can leave to activations, if they are fewer than are free.
+    """
+    free = free_device_bytes(store.device)
+    room = free if room is None else min(room, free)
     held = HELD_STATES * _state_bytes(model, inputs)
     return min(max(int(room * FREE_SHARE) // max(held, 1), 1), MAX_PASSES)
 

@@ -43,13 +43,6 @@ class Displacer:
         for number, group in enumerate(groups, start=1):
             yield self._displaced(loans, group, seed=seed, is_last=number == len(groups))
 
-    def scratch(self) -> list[torch.Tensor]:
-        """The memory itself: as many copies as the placement counts."""
-        placement = self._store.placement
-        while len(self._copies) < placement.scratch_copies:
-            self._copies.append(torch.empty(placement.scratch_bytes, dtype=torch.uint8, device=self._store.device))
-        return self._copies
-
     def free(self) -> None:
         """Let go of the memory."""
         self._copies = []
@@ -84,5 +77,12 @@ class Displacer:
 
     def _targets(self, loan: Loan, start: int, *, n: int) -> Sequence[torch.Tensor]:
         stop = start + loan.segment.n_bytes
-        scratch = [copy[start:stop] for copy in self.scratch()[:n]]
+        scratch = [copy[start:stop] for copy in self._scratch()[:n]]
         return scratch if len(scratch) == n else [*scratch, loan.weights]
+
+    def _scratch(self) -> list[torch.Tensor]:
+        """The memory itself: as many copies as the placement counts."""
+        placement = self._store.placement
+        while len(self._copies) < placement.scratch_copies:
+            self._copies.append(torch.empty(placement.scratch_bytes, dtype=torch.uint8, device=self._store.device))
+        return self._copies

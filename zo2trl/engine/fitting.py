@@ -19,6 +19,7 @@ from zo2trl.engine.discovery import settle_granularity
 from zo2trl.engine.opening import EngineOptions, plan_engine, write_back_intervals
 from zo2trl.engine.step import Engine
 from zo2trl.errors import BudgetError
+from zo2trl.tiers.layout import Layout
 from zo2trl.tiers.placement import place, smallest_device_budget
 
 __all__ = ["DeviceFit"]
@@ -39,6 +40,7 @@ class DeviceFit:
     def __init__(self, engine: Engine, options: EngineOptions) -> None:
         self._engine, self._options = engine, options
         self._covered = 0  # tokens times passes that the present reserve is known to be enough for
+        self._least: tuple[Layout, int] | None = None
         self._is_settled = False
 
     @property
@@ -49,7 +51,7 @@ class DeviceFit:
     def passes_per_march(self, inputs: Mapping[str, Any]) -> int:
         """See `activations.passes_per_march`; never fewer than a micro-batch has probes."""
         engine = self._engine
-        most = passes_per_march(engine.store, engine.model, inputs, budgets=self._options.budgets)
+        most = passes_per_march(engine.store, engine.model, inputs, room=self._room())
         return max(most, len(engine.estimator.probes()))
 
     def before_steps(self, loss: Callable[[], Any], inputs: Mapping[str, Any], *, n_passes: int) -> bool:
@@ -105,8 +107,7 @@ class DeviceFit:
         budgets = self._options.budgets
         assert budgets.device != "min"
         if is_estimate:  # too generous an estimate must not refuse what may well fit
-            layout = self._engine.store.layout
-            n_bytes = min(n_bytes, max(budgets.device - smallest_device_budget(layout), budgets.reserve))
+            n_bytes = min(n_bytes, max(self._room() or 0, budgets.reserve))
         self._options = options = replace(self._options, budgets=replace(budgets, reserve=n_bytes))
         store = self._engine.store
         try:
@@ -118,6 +119,15 @@ class DeviceFit:
             layout, placement = plan.layout, plan.placement
         if layout is not store.layout or placement != store.placement:
             self._engine.regranulate(layout, placement)
+
+    def _room(self) -> int | None:
+        """What is left of the device budget when weights take the least; asked for at every step, so kept."""
+        device, layout = self._options.budgets.device, self._engine.store.layout
+        if device == "min":
+            return None
+        if self._least is None or self._least[0] is not layout:
+            self._least = layout, smallest_device_budget(layout)
+        return device - self._least[1]
 
     def _measured(self, loss: Callable[[], Any], *, n_passes: int) -> int:
         """Bytes that the march of a step takes beside what the placement counts."""

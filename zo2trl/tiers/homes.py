@@ -185,12 +185,12 @@ class Homes:
             self._views[unit.index] += 1
         old.drop(unit)
 
-    def make_staging(self, slot_bytes: int) -> None:
+    def make_staging(self, n_bytes: int) -> None:
         """Host memory for segments that come from or go to disk."""
         self._staging.close()
         on_disk = [self.layout.units[index].n_bytes for index in self.placement.units_in("disk")]
         ahead_bytes = max(on_disk, default=0) if self.placement.units_in("cpu") else 0
-        self._staging = Staging(slot_bytes if on_disk else 0, device=self._device, ahead_bytes=ahead_bytes)
+        self._staging = Staging(n_bytes if on_disk else 0, device=self._device, ahead_bytes=ahead_bytes)
         self._ahead = ReadAhead(self._staging, self._open)
 
     def read_ahead(self, upcoming: Iterable[Segment]) -> None:

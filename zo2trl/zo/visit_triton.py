@@ -40,7 +40,7 @@ _LANES = tl.constexpr(64)
 _HEAD, _PER_DIRECTION = tl.constexpr(6), tl.constexpr(3)  # words of a row of the table of steps
 
 _MAX_STEPS = 256  # per launch: a longer history is replayed in several, and the table stays small
-_N_WARPS = {noise.DOMAIN_RADEMACHER: 2, noise.DOMAIN_GAUSSIAN: 4}  # measured: benchmarks/noise_speed.py
+_N_WARPS = {noise.DOMAIN_RADEMACHER: 2, noise.DOMAIN_GAUSSIAN: 4}  # rates: docs/performance.md
 _PLAIN = ["n_steps", "key_low", "key_high", "first_bits", "second_bits"]
 _ROWS = ["tensor_ids", "tile_indices", "n_valid", "steps"]
 
