@@ -67,7 +67,7 @@ def test_the_allocator_never_exceeds_the_budget_and_the_budget_never_shows_in_th
 ) -> None:
     least = least_bytes(tmp_path, "block" if granularity == "block" else "leaf")
     seen, n_refused = [], 0
-    for extra in (*range(16 << 20, 80 << 20, 6 << 20), 120 << 20, 1 << 30):
+    for extra in (*range(16 << 20, 112 << 20, 6 << 20), 120 << 20, 1 << 30):
         try:
             peak, losses = trained(tmp_path / f"{extra}", device=least + extra, granularity=granularity)
         except BudgetError:

@@ -67,8 +67,8 @@ def step_logs(trainer: Any) -> list[dict[str, float]]:
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of every parameter, tied ones under each of their names."""
-    return {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    """A copy of every parameter in host memory, tied ones under each of their names."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tests.support.stores import synthetic_layout
 from zo2trl.errors import BudgetError, ConfigError
 from zo2trl.tiers.placement import (
-    MAX_WRITE_BACK_INTERVAL,
     Budgets,
     format_bytes,
     parse_size,
@@ -19,7 +18,6 @@ from zo2trl.tiers.placement import (
     scratch_bytes,
     smallest_device_budget,
     spread,
-    write_back_interval,
 )
 from zo2trl.tiers.ring import ALIGNMENT
 
@@ -294,47 +292,3 @@ def test_decimal_and_binary_prefixes_mean_what_they_say(count, prefix, binary):
 )
 def test_sizes_are_written_short(n_bytes, text):
     assert format_bytes(n_bytes) == text
-
-
-# ---------------------------------------------------------------------------------------------------- write-back
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("token_passes", [0, 256, 4096, 16384, 1 << 17, 1 << 24])
-def test_slower_homes_are_written_less_often_and_never_more_than_the_limit(itemsize, device, token_passes):
-    cpu, disk = (
-        write_back_interval(tier=tier, device_type=device, itemsize=itemsize, token_passes=token_passes)
-        for tier in ("cpu", "disk")
-    )
-    assert 1 <= cpu <= disk <= MAX_WRITE_BACK_INTERVAL
-
-
-def interval(**changes):
-    """For a bf16 model streamed from host memory to a GPU, two probes of 2,048 tokens."""
-    asked = {"tier": "cpu", "device_type": "cuda", "itemsize": 2, "token_passes": 2 * 2048, **changes}
-    return write_back_interval(**asked)
-
-
-def test_a_step_that_waits_for_the_link_writes_seldom():
-    assert 4 <= interval() <= 8
-
-
-def test_a_step_that_computes_longer_than_it_moves_writes_every_time():
-    assert interval(token_passes=4 * 2 * 2048) == 1, "four micro-batches"
-    assert interval(token_passes=4 * 2 * 2048, num_directions=4) == 1, "four directions"
-
-
-def test_two_directions_hide_less_replay_than_one():
-    assert 1 < interval(token_passes=2 * 2 * 2048, num_directions=2) < interval()
-
-
-@given(st.lists(st.integers(0, 1 << 16), min_size=2, max_size=2).map(sorted), st.integers(1, 8))
-def test_the_more_is_computed_in_a_visit_the_less_is_left_to_replay_in_host_memory(passes, num_directions):
-    few, many = (interval(token_passes=n, num_directions=num_directions) for n in passes)
-    assert few >= many
-
-
-def test_a_drive_is_spared_where_that_costs_nothing():
-    assert interval(tier="disk") == MAX_WRITE_BACK_INTERVAL
-    assert interval(tier="disk", token_passes=1 << 19) > 1

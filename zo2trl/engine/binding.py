@@ -41,6 +41,7 @@ class Binding:
     _rest_views: dict[int, tuple[int, list[tuple[nn.Parameter, torch.Tensor]]]]  # unit -> (version of home, tensors)
     _resting: dict[int, torch.Tensor]  # tensor id -> the view it was last put to rest with
     _seen_versions: dict[int, int]  # tensor id -> Parameter._version at that moment
+    _untouched: list[tuple[nn.Parameter, int, torch.dtype, int]]  # all of that as one list: it is gone through often
 
     def __init__(self, model: nn.Module, layout: Layout, store: TieredStore) -> None:
         self.layout = layout
@@ -52,6 +53,7 @@ class Binding:
         self._rest_views = {}
         self._resting = {}
         self._seen_versions = {}
+        self._untouched = []
         self._hooked: list[tuple[nn.Module, Forward | None]] = []
         self._handles: list[RemovableHandle] = []
 
@@ -108,6 +110,7 @@ class Binding:
     def note_versions(self) -> None:
         """Take the parameters' values for known."""
         self._seen_versions = {key: p._version for key, p in self._parameters.items()}
+        self._untouched = [(p, p.data_ptr(), p.dtype, p._version) for p in self._parameters.values()]
 
     def adopt_changes(self, point: VisitPoint | None = None) -> list[Unit]:
         """Take over what somebody wrote into parameters at rest, of one point or all; the units they wrote to.
@@ -118,6 +121,8 @@ class Binding:
         Raises:
             MarchError: the dtype or shape changed, or steps were pending that the changed weights never saw.
         """
+        if point is None and self._untouched and not self._was_touched():
+            return []
         points = self.layout.points if point is None else (point,)
         changed: dict[int, Unit] = {}
         for segment in {id(s): s for p in points for s in p.segments}.values():
@@ -130,6 +135,13 @@ class Binding:
                 if is_new:
                     self._bring_home(spec, parameter, segment.unit)
         return list(changed.values())
+
+    def _was_touched(self) -> bool:
+        """Whether a closer look is worth it; a step begins with this while the device waits."""
+        return any(
+            p._version != version or p.data_ptr() != address or p.dtype is not dtype
+            for p, address, dtype, version in self._untouched
+        )
 
     def _bring_home(self, spec: TensorSpec, parameter: nn.Parameter, unit: Unit) -> None:
         home = self._home_views(unit.index)[unit.tensors.index(spec)][1]

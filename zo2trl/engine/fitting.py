@@ -16,11 +16,11 @@ import torch
 
 from zo2trl.engine.activations import activation_bytes, n_tokens, passes_per_march
 from zo2trl.engine.discovery import settle_granularity
-from zo2trl.engine.opening import EngineOptions, plan_engine, write_back_intervals
+from zo2trl.engine.opening import EngineOptions, place_units, plan_engine, write_back_intervals
 from zo2trl.engine.step import Engine
 from zo2trl.errors import BudgetError
 from zo2trl.tiers.layout import Layout
-from zo2trl.tiers.placement import place, smallest_device_budget
+from zo2trl.tiers.placement import smallest_device_budget
 
 __all__ = ["DeviceFit"]
 
@@ -64,6 +64,7 @@ class DeviceFit:
             BudgetError: activations and the least that weights need are more than `device_memory`.
             MarchError: see `settle_granularity`.
         """
+        self._note_tokens(n_tokens(inputs) * n_passes)
         n_passes = min(n_passes, self.passes_per_march(inputs))
         size, changed = n_tokens(inputs) * n_passes, False
         if self._is_wanted and size > self._covered:
@@ -74,9 +75,10 @@ class DeviceFit:
             self._covered = int(size * growth)
             changed = True
         if not self._is_settled:
-            self._find_rhythm(size)
             settle_granularity(self._engine, loss, options=self._options)
             self._is_settled = changed = True
+        if changed:
+            self._find_rhythm()
         return changed
 
     def before_evaluation(self, inputs: Mapping[str, Any], *, n_passes: int, whole_logits: bool) -> None:
@@ -91,10 +93,14 @@ class DeviceFit:
             if n_bytes > self._options.budgets.reserve:
                 self._make_room(n_bytes, is_estimate=True)
 
-    def _find_rhythm(self, size: int) -> None:
+    def _note_tokens(self, token_passes: int) -> None:
+        """What a step computes decides what device memory is best used for; the largest step so far counts."""
+        tokens = max(token_passes // (2 * self._options.num_directions), 1)
+        if not self._is_settled or tokens > self._options.tokens_per_step:
+            self._options = replace(self._options, tokens_per_step=tokens)
+
+    def _find_rhythm(self) -> None:
         """How often units are written depends on how much a visit computes, which is known now."""
-        tokens = size // (2 * self._options.num_directions)
-        self._options = replace(self._options, tokens_per_step=max(tokens, 1))
         store = self._engine.store
         every = write_back_intervals(store.layout, store.placement, self._options)
         store.rhythm = replace(store.rhythm, write_back=every)
@@ -111,7 +117,7 @@ class DeviceFit:
         self._options = options = replace(self._options, budgets=replace(budgets, reserve=n_bytes))
         store = self._engine.store
         try:
-            layout, placement = store.layout, place(store.layout, options.budgets)
+            layout, placement = store.layout, place_units(store.layout, options)
         except BudgetError:
             if self._is_settled:
                 raise

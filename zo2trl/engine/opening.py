@@ -4,7 +4,7 @@ Does not: run a step. Everything that can be refused is refused here, before a b
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,15 +22,8 @@ from zo2trl.tiers.folder import StoreFolder
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.layout import Layout, plan_layout
 from zo2trl.tiers.model_files import describe_model
-from zo2trl.tiers.placement import (
-    Budgets,
-    Placement,
-    TierName,
-    place,
-    place_again,
-    snapshot_interval,
-    write_back_interval,
-)
+from zo2trl.tiers.pace import Pace, Work
+from zo2trl.tiers.placement import Budgets, Placement, TierName, place, place_again
 from zo2trl.tiers.rhythm import Rhythm
 from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import TwoSidedSPSA
@@ -43,6 +36,8 @@ __all__ = [
     "Plan",
     "has_run",
     "open_engine",
+    "pace_of",
+    "place_units",
     "plan_again",
     "plan_engine",
     "write_back_intervals",
@@ -67,7 +62,8 @@ class EngineOptions:
         rounding: "nearest", "stochastic", or None for stochastic where a trainable tensor is stored in 16 bit.
         update_along: see `UpdateRule`; an experimenter's choice (benchmarks/noise.py).
         write_back_every: steps between write-backs of a unit, or "auto".
-        tokens_per_step: about how many tokens a step's micro-batches have in all; for `write_back_every="auto"`.
+        tokens_per_step: about how many tokens a step's micro-batches have in all: what computing takes depends on it,
+            and so do `write_back_every="auto"` and what device memory is used for.
         granularity: "block", "leaf", or "auto": leaves only where blocks do not fit.
         decay_names: parameters that weight decay applies to.
         dtypes: storage dtypes of parameters to cast while adopting.
@@ -127,13 +123,13 @@ def plan_engine(model: nn.Module, options: EngineOptions) -> Plan:
     lay_out = partial(plan_layout, model, decay_names=options.decay_names, dtypes=options.dtypes)
     by_block, by_leaf = lay_out(), partial(lay_out, leaf_blocks="all")
     if options.budgets.device == "min" and options.granularity != "block":
-        return Plan(layout=(layout := by_leaf()), placement=place(layout, options.budgets))
+        return Plan(layout=(layout := by_leaf()), placement=place_units(layout, options))
     try:
-        homes = place(by_block, options.budgets)
+        homes = place_units(by_block, options)
     except BudgetError:
         if options.granularity == "block":
             raise
-        return Plan(layout=(layout := by_leaf()), placement=place(layout, options.budgets))
+        return Plan(layout=(layout := by_leaf()), placement=place_units(layout, options))
     if options.granularity == "leaf":
         # With homes that leave room for whole blocks, those that turn out to need it can be visited whole.
         return Plan(layout=(layout := by_leaf()), placement=place_again(layout, homes, options.budgets))
@@ -207,14 +203,12 @@ def _open_folder(model: nn.Module, plan: Plan, options: EngineOptions, *, mode: 
 
 
 def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.Module) -> Run:
-    trainable = plan.layout.trainable_tensors()
+    n_weights = sum(spec.numel for spec in plan.layout.trainable_tensors())
+    n_steps = pace_of(plan.layout, options).steps_replayed_in(options.max_replay_s, n_weights=n_weights)
     rhythm = Rhythm(
         write_back=write_back_intervals(plan.layout, plan.placement, options),
-        snapshot=snapshot_interval(
-            sum(spec.numel for spec in trainable),
-            device_type=options.device.type, max_replay_s=options.max_replay_s,
-        ),
-    )  # fmt: skip
+        snapshot=max(n_steps, 1),
+    )
     facts = {
         "direction": options.direction, "decays": sorted(options.decay_names), "seed": options.seed,
     }  # fmt: skip
@@ -256,19 +250,30 @@ def write_back_intervals(layout: Layout, placement: Placement, options: EngineOp
     Raises:
         ConfigError: `write_back_every` is no number of steps.
     """
-    itemsize = min((tensor.dtype.itemsize for tensor in layout.trainable_tensors()), default=4)
-    tiers: Sequence[TierName] = ("cpu", "disk")
     if options.write_back_every != "auto":
         if options.write_back_every < 1:
             raise ConfigError(f'`write_back_every` must be at least 1 step or "auto", got {options.write_back_every}.')
-        return dict.fromkeys(tiers, options.write_back_every)
-    streamed = [unit for unit in layout.units if placement.tier_of[unit.index] != "gpu"]
-    interval = partial(
-        write_back_interval, device_type=options.device.type, itemsize=itemsize,
+        return dict.fromkeys(("cpu", "disk"), options.write_back_every)
+    return pace_of(layout, options).write_back_intervals(placement.n_bytes(layout))
+
+
+def pace_of(layout: Layout, options: EngineOptions) -> Pace:
+    """How fast steps are with these options, by rates measured once (tiers/pace.py)."""
+    trained = layout.trainable_tensors()
+    work = Work(
         token_passes=2 * options.num_directions * options.tokens_per_step, num_directions=options.num_directions,
-        streamed_share=sum(u.n_bytes for u in streamed) / max(sum(u.n_bytes for u in layout.units), 1),
+        itemsize=min((tensor.dtype.itemsize for tensor in trained), default=4), direction=options.direction,
+        rounding=options.rounding or _default_rounding(layout),
+        trained_share=sum(tensor.n_bytes for tensor in trained) / max(layout.n_bytes, 1),
     )  # fmt: skip
-    # In a GPU's own memory, storing signs' steps every other time and replaying two at once takes the least time.
-    found: dict[TierName, int] = {tier: interval(tier=tier) for tier in tiers}
-    found["gpu"] = 2 if options.device.type == "cuda" and options.direction == "rademacher" else 1
-    return found
+    return Pace.on(options.device.type, work)
+
+
+def place_units(layout: Layout, options: EngineOptions) -> Placement:
+    """See `place`; with the pace of these options on devices whose rates were measured.
+
+    Raises:
+        BudgetError: see `place`.
+    """
+    pace = pace_of(layout, options) if options.device.type == "cuda" else None
+    return place(layout, options.budgets, pace)

@@ -96,6 +96,7 @@ class Engine:
             values += self._march(
                 [(run, probe) for run in losses[start : start + group] for probe in probes], seed=seed
             )
+        self._wait_for_device()
         estimate = self.estimator.combine(_sum_per_probe(values, len(probes)))
         self._pending = _Pending(step, seed, estimate)
         return estimate
@@ -210,6 +211,12 @@ class Engine:
         self.store.end_march()
         self._expect_the_same_again()
         return values
+
+    def _wait_for_device(self) -> None:
+        # Reading a number from the device waits for it with the interpreter locked: threads that write units back and
+        # fetch the next ones would stand still until the march has been computed. This wait lets them go on.
+        if self.store.device.type == "cuda":
+            torch.cuda.current_stream(self.store.device).synchronize()
 
     @contextmanager
     def _saying_what_fills_memory(self) -> Iterator[None]:

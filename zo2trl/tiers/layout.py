@@ -114,6 +114,11 @@ class Layout:
     leaf_blocks: frozenset[str]  # blocks that are visited leaf by leaf
 
     @property
+    def n_bytes(self) -> int:
+        """Of all weights."""
+        return sum(unit.n_bytes for unit in self.units)
+
+    @property
     def rest(self) -> VisitPoint:
         """The point bound whenever a pass runs outside the stacks."""
         return self.points[0]

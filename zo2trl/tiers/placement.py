@@ -1,4 +1,4 @@
-"""Byte budgets -> which unit in which tier, how large the ring is, how often units are written back.
+"""Byte budgets -> which unit in which tier, how large the ring is, how many perturbed copies there are.
 
 Does not: look at a machine (the caller passes free bytes in), move anything, or change its mind during a run.
 Invariant: pure functions of their arguments. A placement that is returned fits its budgets; one that cannot fit is
@@ -9,6 +9,7 @@ resident units are spread evenly between streamed ones, so that the link never i
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -16,6 +17,7 @@ from typing import Literal
 
 from zo2trl.errors import BudgetError, ConfigError
 from zo2trl.tiers.layout import Layout, Unit, VisitPoint
+from zo2trl.tiers.pace import Pace
 from zo2trl.tiers.ring import ALIGNMENT
 
 __all__ = [
@@ -27,8 +29,6 @@ __all__ = [
     "place",
     "place_again",
     "smallest_device_budget",
-    "snapshot_interval",
-    "write_back_interval",
 ]
 
 TierName = Literal["gpu", "cpu", "disk"]
@@ -105,12 +105,20 @@ class Placement:
         """Indices of the units that live in a tier."""
         return [index for index, name in self.tier_of.items() if name == tier]
 
+    def n_bytes(self, layout: Layout) -> dict[TierName, int]:
+        """Bytes of the weights in each tier that has any."""
+        found: Counter[TierName] = Counter()
+        for unit in layout.units:
+            found[self.tier_of[unit.index]] += unit.n_bytes
+        return dict(found)
 
-def place(layout: Layout, budgets: Budgets) -> Placement:
+
+def place(layout: Layout, budgets: Budgets, pace: Pace | None = None) -> Placement:
     """Decide where every unit lives.
 
     As many units as fit are resident, beside a ring of three of the largest streamed segments. What is left then
-    holds a second scratch copy, and after that a longer ring.
+    holds a second scratch copy, and after that a longer ring. With a `pace` the second scratch copy comes before the
+    last resident units where the step takes less time so: where computing bounds it.
 
     Raises:
         BudgetError: the device budget holds neither everything nor a ring of two segments.
@@ -125,7 +133,11 @@ def place(layout: Layout, budgets: Budgets) -> Placement:
         return _placement(layout, least, budgets)
     if least.least_bytes > room:
         raise _cannot_fit(layout, least, budgets)
-    return _placement(layout, _widest(layout, streamable, room) or least, budgets)
+    found = [_widest(layout, streamable, room, scratch_copies=copies) for copies in ((1, 2) if pace else (1,))]
+    placements = [_placement(layout, need, budgets) for need in found if need is not None]
+    if not placements:
+        return _placement(layout, least, budgets)
+    return min(placements, key=lambda placement: _step_s(layout, placement, pace) if pace else 0.0)
 
 
 def place_again(layout: Layout, homes: Placement, budgets: Budgets) -> Placement:
@@ -155,14 +167,20 @@ def spread(count: int, total: int) -> list[int]:
     return [i for i in range(total) if (i + 1) * count // total > i * count // total]
 
 
-def _widest(layout: Layout, streamable: Sequence[int], room: int) -> "_Need | None":
-    """The most resident units that fit beside a full ring; None if no ring of that size fits."""
+def _widest(layout: Layout, streamable: Sequence[int], room: int, *, scratch_copies: int) -> "_Need | None":
+    """The most resident units that fit beside a full ring and so many perturbed copies; None if none fit."""
     for n_resident in range(len(streamable) - 1, -1, -1):
         resident = {streamable[i] for i in spread(n_resident, len(streamable))}
         need = _Need(layout, streamed=frozenset(streamable) - resident)
-        if need.bytes_with(need.ring_bytes(RING_SEGMENTS)) <= room:
+        if need.bytes_with(need.ring_bytes(RING_SEGMENTS), scratch_copies=scratch_copies) <= room:
             return need
     return None
+
+
+def _step_s(layout: Layout, placement: Placement, pace: Pace) -> float:
+    n_bytes = placement.n_bytes(layout)
+    every = pace.write_back_intervals(n_bytes)
+    return max(pace.step_time(n_bytes, every=every, makes_pairs=placement.scratch_copies > 1))
 
 
 class _Need:
@@ -180,9 +198,9 @@ class _Need:
         """A ring of so many of the largest segments; never more than would hold everything that passes."""
         return min(n_segments * self.largest_bytes, self.streamed_bytes)
 
-    def bytes_with(self, ring_bytes: int) -> int:
-        """All of it, with one scratch copy."""
-        return self.resident_bytes + self.scratch_bytes + ring_bytes
+    def bytes_with(self, ring_bytes: int, *, scratch_copies: int = 1) -> int:
+        """All of it."""
+        return self.resident_bytes + scratch_copies * self.scratch_bytes + ring_bytes
 
     @property
     def least_bytes(self) -> int:
@@ -209,7 +227,7 @@ class _Need:
         return Placement(
             tier_of=dict(tier_of), ring_bytes=ring_bytes, largest_segment_bytes=self.largest_bytes,
             scratch_bytes=self.scratch_bytes, scratch_copies=copies,
-            device_bytes=self.bytes_with(ring_bytes) + (copies - 1) * self.scratch_bytes,
+            device_bytes=self.bytes_with(ring_bytes, scratch_copies=copies),
             cpu_bytes=sum(unit.n_bytes for unit in self.layout.units if tier_of[unit.index] == "cpu"),
         )  # fmt: skip
 
@@ -263,76 +281,3 @@ _NO_BLOCKS = (
     "no stack of transformer blocks was found in this model (blocks are `GradientCheckpointingLayer`s or classes that "
     "`_no_split_modules` names), so all of it must be on the device at once; "
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Rates:
-    """What a machine does per second, with homes of one tier."""
-
-    read_bytes: float  # home -> device
-    write_bytes: float  # device -> home, as far as it delays the reads beside it
-    flops: float
-    first_updates: float  # weights brought over the first pending step, or displaced, or both, in one pass
-    updates: float  # weights brought over each further pending step of that pass
-
-
-def write_back_interval(
-    *,
-    tier: TierName,
-    device_type: str,
-    itemsize: int,
-    token_passes: int = 4096,
-    num_directions: int = 1,
-    streamed_share: float = 1.0,
-) -> int:
-    """Steps between write-backs of a unit: the K with which a step takes the least time.
-
-    Per streamed weight, a step takes the longer of moving (a read, and a write every K steps) and computing (a
-    multiplication and an addition per token and pass, for the resident weights as well, and replaying (K + 1) / 2
-    pending steps on average). So K is long where the link is what a step waits for, as long as replay hides under it,
-    and 1 where computing hides the writes.
-
-    Of all K within half a per cent of the best, units in host memory take the shortest, which leaves the least to
-    catch up with, and units on disk the longest, for drives wear out by writing.
-
-    Rates for "cuda" were measured on one H200: OPT-13B in bf16 with 2 x 2048 tokens took 455 ms a step read-only and
-    502, 473, 461, 459 with K = 1, 2, 4, 8, so a written byte delays the reads by 1/535 GB/s (with 4 x as many tokens
-    766, 787, 820 with K = 1, 4, 8); zo/visit_triton.py replays 600 G updates/s of a first and 250 G/s of each further
-    pending step, rounding stochastically; a disk gave 2.9 GB/s and took 0.94. Those for "cpu" are of one core.
-
-    Args:
-        tier: "cpu" or "disk".
-        device_type: where forwards run, "cuda" or "cpu".
-        itemsize: bytes of a stored weight.
-        token_passes: tokens that one visit of a unit computes, summed over probes and micro-batches.
-        num_directions: of one step; each is replayed.
-        streamed_share: how much of the weights is streamed, in (0, 1].
-    """
-    rates = _RATES[device_type == "cuda", tier]
-
-    def seconds(interval: int) -> float:
-        moving = itemsize / rates.read_bytes + itemsize / rates.write_bytes / interval
-        replaying = num_directions * (1 / rates.first_updates + (interval - 1) / 2 / rates.updates)
-        return max(moving, 2 * token_passes / rates.flops / max(streamed_share, 1e-3) + replaying)
-
-    intervals = range(1, MAX_WRITE_BACK_INTERVAL + 1)
-    best = min(map(seconds, intervals))
-    as_good = [interval for interval in intervals if seconds(interval) <= best * AS_GOOD]
-    return as_good[-1] if tier == "disk" else as_good[0]
-
-
-def snapshot_interval(n_elements: int, *, device_type: str, max_replay_s: float) -> int:
-    """Steps between snapshots of a unit in memory: replaying this many on all trainable elements takes that long."""
-    updates_s = _RATES[device_type == "cuda", "cpu"].updates
-    return max(int(min(max_replay_s * updates_s / max(n_elements, 1), MAX_SNAPSHOT_INTERVAL)), 1)
-
-
-MAX_WRITE_BACK_INTERVAL = 32
-MAX_SNAPSHOT_INTERVAL = 1 << 40
-AS_GOOD = 1.005
-_RATES: dict[tuple[bool, TierName], _Rates] = {
-    (True, "cpu"): _Rates(55e9, 535e9, 600e12, 600e9, 250e9),
-    (True, "disk"): _Rates(2.9e9, 0.94e9, 600e12, 600e9, 250e9),
-    (False, "cpu"): _Rates(5e9, 5e9, 50e9, 0.1e9, 0.1e9),
-    (False, "disk"): _Rates(2.9e9, 0.94e9, 50e9, 0.1e9, 0.1e9),
-}
