@@ -18,6 +18,7 @@ SHAPES = [
     [(0xFFFFFFFF, 5 * TILE + 17), (0x80000000, 255), (5, 0), (6, 256), (7, 4 * TILE)],
     [(1, 300 * TILE + 1)],
     [(i, 1 + 37 * i) for i in range(200)],
+    [(7 * i, 1 + 3 * i) for i in range(1500)],  # finding a tile takes a third look
 ]
 
 
@@ -54,8 +55,8 @@ def test_debug_mode_and_other_numbers_of_warps_change_no_deviate():
     wanted = filled("gaussian", 4, tiles, "cpu")
     for options in ({"num_warps": 1}, {"num_warps": 16}, {"debug": True}, {"enable_fp_fusion": False}):
         out = torch.full((len(tiles) * TILE,), float("nan"), device="cuda")
-        rows, key = tiles.on_device(out.device), noise_triton.signed_key(4)
-        noise_triton._gaussian_kernel[(len(tiles),)](out, *rows, *key, **options)
+        runs, key = tiles.on_device(out.device), noise_triton.signed_key(4)
+        noise_triton._gaussian_kernel[(len(tiles),)](out, *runs, *key, **options)
         assert torch.equal(out.view(torch.int32).cpu(), wanted)
 
 

@@ -260,14 +260,46 @@ def test_empty_tile_map_fills_nothing():
         assert filled(kind, 1, tiles).size == 0
 
 
+def found_by_runs(runs, first_tile, n_tiles):
+    """Tiles from `first_tile` on as `noise_triton.find_tile` finds them: [n_tiles, (tensor id, index, valid)]."""
+    found = []
+    for tile in range(first_tile, first_tile + n_tiles):
+        run = int((runs[:-1, 0] <= tile).sum()) - 1
+        start, tensor_id, index, last = (int(word) for word in runs[run])
+        found.append((tensor_id, index + tile - start, last if tile + 1 == runs[run + 1, 0] else TILE))
+    return (np.array(found, np.int64).reshape(-1, 3) & 0xFFFFFFFF).astype(np.uint32)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(numels, max_size=6), first_id=words32, data=st.data())
+def test_kernels_find_in_a_row_per_tensor_what_the_map_says_of_each_tile(sizes, first_id, data):
+    tiles = TileMap.for_tensors([(first_id ^ i, size) for i, size in enumerate(sizes)])
+    start = data.draw(st.integers(0, len(tiles)))
+    part = tiles.slice(start, data.draw(st.integers(start, len(tiles))))
+    runs, n_runs, first_tile = part.on_device(torch.device("cpu"))
+    assert n_runs == len(runs) - 1 == sum(size > 0 for size in sizes)
+    wanted = np.stack([part.tensor_ids, part.tile_indices, part.n_valid.astype(np.uint32)], axis=1)
+    assert np.array_equal(found_by_runs(runs.numpy(), first_tile, len(part)), wanted)
+
+
+def test_kernels_find_tiles_that_were_given_one_by_one():
+    tiles = TileMap.of_rows(np.uint32([5, 9, 5]), np.uint32([0xFFFFFFFF, 3, 0]), np.int32([TILE, 7, 1]))
+    runs, _, first_tile = tiles.on_device(torch.device("cpu"))
+    assert found_by_runs(runs.numpy(), first_tile, 3).tolist() == [[5, 0xFFFFFFFF, TILE], [9, 3, 7], [5, 0, 1]]
+
+
 def test_slices_of_slices_share_device_copies_with_the_whole_map():
     tiles = TileMap.for_tensors([(1, 5 * TILE), (2, 2 * TILE + 7)])
     part = tiles.slice(2, 99).slice(1, 4)
     assert part.tensor_ids.tolist() == tiles.tensor_ids[3:6].tolist()
-    cpu = torch.device("cpu")
-    assert part.on_device(cpu).data_ptr() == tiles.on_device(cpu).data_ptr() + 3 * 4
-    expected = [part.tensor_ids.tolist(), part.tile_indices.tolist(), part.n_valid.tolist()]
-    assert part.on_device(cpu).tolist() == expected
+    (copy, n_runs, start), (whole, n_whole, first) = (t.on_device(torch.device("cpu")) for t in (part, tiles))
+    assert copy is whole and (n_runs, start, n_whole, first) == (2, 3, 2, 0)
+
+
+def test_what_a_device_keeps_of_a_map_is_16_bytes_a_tensor_however_large_they_are():
+    block = [(i, 20_480 * 5_120) for i in range(16)]
+    runs, _, _ = TileMap.for_tensors(block).on_device(torch.device("cpu"))
+    assert runs.untyped_storage().nbytes() == 16 * (len(block) + 1)
 
 
 def test_a_map_takes_memory_per_tensor_however_large_it_is():

@@ -47,6 +47,18 @@ class _Runs(NamedTuple):
     numels: npt.NDArray[np.int64]
     """Elements of the tensor from there on."""
 
+    def table(self) -> npt.NDArray[np.int32]:
+        """See `TileMap.on_device`."""
+        n_tiles: npt.NDArray[np.int64] = -(-self.numels // TILE)
+        end = int(n_tiles.sum())
+        assert end < 1 << 31, f"no device holds {end} tiles"
+        rows = np.zeros((len(n_tiles) + 1, 4), np.int32)
+        rows[:, 0] = [*self.first_tiles, end]
+        rows[:-1, 1] = self.tensor_ids.view(np.int32)
+        rows[:-1, 2] = self.first_indices.astype(np.uint32).view(np.int32)
+        rows[:-1, 3] = self.numels - (n_tiles - 1) * TILE
+        return rows
+
 
 @dataclass(frozen=True, eq=False)
 class TileMap:
@@ -109,17 +121,18 @@ class TileMap:
         first, last, _ = slice(start, stop).indices(len(self))
         return replace(self, start=self.start + first, stop=self.start + max(first, last))
 
-    def on_device(self, device: torch.device) -> torch.Tensor:
-        """The three arrays as the rows of an int32 [3, n_tiles] tensor (uint32 as its bits), copied once per map."""
+    def on_device(self, device: torch.device) -> tuple[torch.Tensor, int, int]:
+        """What kernels find a tile with (`noise_triton.find_tile`): the runs, how many there are, and `start`.
+
+        The runs are int32 [n_runs + 1, 4], 16 bytes a tensor, copied once per map: (first tile, tensor id, index of
+        the first tile, elements of the last tile), uint32 as its bits; the last row starts where the map ends.
+        """
         copy = self._copies.get(device)
         if copy is None:
-            ends = self._runs.first_tiles - (-self._runs.numels // TILE)
-            ids, indices, n_valid = replace(self, start=0, stop=int(ends[-1]) if len(ends) else 0)._rows
-            rows = np.stack([ids.view(np.int32), indices.view(np.int32), n_valid])
             # This copy blocks, so any stream may read it at once. Two threads may both make one: either will do, but
             # only the one kept in the dict is handed out, or a stream could outlive the memory it reads.
-            copy = self._copies.setdefault(device, torch.as_tensor(rows).to(device))
-        return copy[:, self.start : self.stop]
+            copy = self._copies.setdefault(device, torch.as_tensor(self._runs.table()).to(device))
+        return copy, len(copy) - 1, self.start
 
 
 class Noise(Protocol):
@@ -147,7 +160,7 @@ class Rademacher:
         if _on_cuda(out, torch.float32, tiles):
             from zo2trl.zo import noise_triton
 
-            return noise_triton.fill_rademacher(out, seed, tiles.on_device(out.device))
+            return noise_triton.fill_rademacher(out, seed, tiles)
         for rows, block in _blocks(out, tiles, _SIGN_BLOCK):
             np.take(_signs_of_byte(), _sign_bytes(seed, block), axis=0, out=rows.reshape(-1, 16, 32, 8), mode="wrap")
             _clear_padding(rows, block)
@@ -163,7 +176,7 @@ class Gaussian:
         if _on_cuda(out, torch.float32, tiles):
             from zo2trl.zo import noise_triton
 
-            return noise_triton.fill_gaussian(out, seed, tiles.on_device(out.device))
+            return noise_triton.fill_gaussian(out, seed, tiles)
         for rows, block in _blocks(out, tiles, _FIELD_BLOCK):
             # The indices are in range; "wrap" only says so to numpy, which otherwise fills a hidden buffer first.
             np.take(gaussian_table(), _fields(DOMAIN_GAUSSIAN, seed, block), out=rows.reshape(-1, 8, 512), mode="wrap")
@@ -202,7 +215,7 @@ def rounding_bits(out: torch.Tensor, seed: int, tiles: TileMap) -> None:
     if _on_cuda(out, torch.int32, tiles):
         from zo2trl.zo import noise_triton
 
-        return noise_triton.fill_rounding_bits(out, seed, tiles.on_device(out.device))
+        return noise_triton.fill_rounding_bits(out, seed, tiles)
     for rows, block in _blocks(out, tiles, _FIELD_BLOCK):
         np.copyto(rows.reshape(-1, 8, 512), _fields(DOMAIN_ROUNDING, seed, block), casting="same_kind")
 

@@ -27,46 +27,56 @@ _ROUNDING = tl.constexpr(noise.DOMAIN_ROUNDING)
 _STEP, _FIRST, _POLE = tl.constexpr(gaussian.STEP), tl.constexpr(gaussian.FIRST), tl.constexpr(gaussian.POLE)
 _C0, _C1, _C2, _C3, _C4 = (tl.constexpr(coefficient) for coefficient in gaussian.COEFFICIENTS)
 
-_TILES_PER_SIGN_PROGRAM = 4  # 128 calls, one per thread of four warps
 # A key half of 1, or a multiple of 16, must not become a compiled-in constant: every seed would be a new kernel.
-# Chunks of a map start at any tile, so alignment of the map's rows is not worth a variant either.
-_PLAIN = ["n_tiles", "key_low", "key_high"]
-_ROWS = ["tensor_ids", "tile_indices", "n_valid"]
+_PLAIN = ["n_runs", "first_tile", "key_low", "key_high"]
 
 
-def fill_rademacher(out: torch.Tensor, seed: int, tile_rows: torch.Tensor) -> None:
-    """`Rademacher.fill` for a CUDA `out`; `tile_rows` is `TileMap.on_device`: int32 [3, n_tiles]."""
-    n_tiles = tile_rows.shape[1]
-    if n_tiles == 0:
-        return
-    grid = (triton.cdiv(n_tiles, _TILES_PER_SIGN_PROGRAM),)
-    with torch.cuda.device(out.device):
-        _rademacher_kernel[grid](out, *tile_rows, n_tiles, *signed_key(seed), TILES=_TILES_PER_SIGN_PROGRAM)
-
-
-def fill_gaussian(out: torch.Tensor, seed: int, tile_rows: torch.Tensor) -> None:
-    """`Gaussian.fill` for a CUDA `out`; `tile_rows` is `TileMap.on_device`: int32 [3, n_tiles]."""
-    n_tiles = tile_rows.shape[1]
-    if n_tiles == 0:
+def fill_rademacher(out: torch.Tensor, seed: int, tiles: noise.TileMap) -> None:
+    """`Rademacher.fill` for a CUDA `out`."""
+    if not len(tiles):
         return
     with torch.cuda.device(out.device):
-        _gaussian_kernel[(n_tiles,)](out, *tile_rows, *signed_key(seed))
+        # A call a thread.
+        _rademacher_kernel[(len(tiles),)](out, *tiles.on_device(out.device), *signed_key(seed), num_warps=1)
 
 
-def fill_rounding_bits(out: torch.Tensor, seed: int, tile_rows: torch.Tensor) -> None:
-    """`rounding_bits` for a CUDA `out` of int32; `tile_rows` is `TileMap.on_device`: int32 [3, n_tiles]."""
-    n_tiles = tile_rows.shape[1]
-    if n_tiles == 0:
+def fill_gaussian(out: torch.Tensor, seed: int, tiles: noise.TileMap) -> None:
+    """`Gaussian.fill` for a CUDA `out`."""
+    if not len(tiles):
         return
-    tensor_ids, tile_indices, _ = tile_rows
     with torch.cuda.device(out.device):
-        _rounding_kernel[(n_tiles,)](out, tensor_ids, tile_indices, *signed_key(seed))
+        _gaussian_kernel[(len(tiles),)](out, *tiles.on_device(out.device), *signed_key(seed))
+
+
+def fill_rounding_bits(out: torch.Tensor, seed: int, tiles: noise.TileMap) -> None:
+    """`rounding_bits` for a CUDA `out` of int32."""
+    if not len(tiles):
+        return
+    with torch.cuda.device(out.device):
+        _rounding_kernel[(len(tiles),)](out, *tiles.on_device(out.device), *signed_key(seed))
 
 
 def signed_key(seed: int) -> tuple[int, int]:
     """A seed's key as two int32 with the same bits: Triton types an integer by its value, so uint32 would vary."""
     low, high = philox.key_halves(seed)
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
+@triton.jit
+def find_tile(runs, n_runs, tile):
+    """(tensor id, index in the tensor, valid elements) of one tile of a map; `runs` is `TileMap.on_device`'s."""
+    stride = 1
+    while 32 * stride < n_runs:
+        stride *= 32
+    run = 0
+    while stride > 0:
+        # A warp looks at 32 runs at once; the row after the last one begins past every tile.
+        ahead = tl.minimum(run + stride * tl.arange(0, 32), n_runs)
+        run += stride * (tl.sum((tl.load(runs + 4 * ahead) <= tile).to(tl.int32), 0) - 1)
+        stride = stride // 32
+    row = runs + 4 * run
+    index = tl.add(tl.load(row + 2), tile - tl.load(row), sanitize_overflow=False)
+    return tl.load(row + 1), index, tl.where(tile + 1 == tl.load(row + 4), tl.load(row + 3), _TILE)
 
 
 @triton.jit
@@ -132,33 +142,26 @@ def gaussian_of_field(field):
     return u * p
 
 
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_ROWS)
-def _rademacher_kernel(out, tensor_ids, tile_indices, n_valid, n_tiles, key_low, key_high, TILES: tl.constexpr):
-    lane = tl.arange(0, TILES * _SIGN_CALLS)
-    call = lane % _SIGN_CALLS
-    tile = tl.program_id(0) * TILES + lane // _SIGN_CALLS
-    is_live = tile < n_tiles
-    tensor_id = tl.load(tensor_ids + tile, mask=is_live, other=0)
-    tile_index = tl.load(tile_indices + tile, mask=is_live, other=0)
-    valid = tl.load(n_valid + tile, mask=is_live, other=0)
+@triton.jit(do_not_specialize=_PLAIN)
+def _rademacher_kernel(out, runs, n_runs, first_tile, key_low, key_high):
+    tile = tl.program_id(0)
+    call, k = tl.arange(0, _SIGN_CALLS), tl.arange(0, 8)
+    tensor_id, tile_index, valid = find_tile(runs, n_runs, first_tile + tile)
     w0, w1, w2, w3 = tile_words(call, tensor_id, tile_index, key_low, key_high, _RADEMACHER, _SIGN_CALLS)
-    k = tl.arange(0, 8)
     # 64-bit: a large unit has more than 2**31 elements.
     first = tile.to(tl.int64) * _TILE
     for j in tl.static_range(16):
         word = w0 if j < 4 else (w1 if j < 8 else (w2 if j < 12 else w3))
         element = (256 * j + 8 * call)[:, None] + k[None, :]
         bit = (word[:, None] >> (8 * (j % 4) + k).to(tl.uint32)[None, :]) & 1
-        z = tl.where(element < valid[:, None], tl.where(bit == 1, 1.0, -1.0), 0.0)
-        tl.store(out + first[:, None] + element, z, mask=is_live[:, None])
+        tl.store(out + first + element, tl.where(element < valid, tl.where(bit == 1, 1.0, -1.0), 0.0))
 
 
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_ROWS)
-def _gaussian_kernel(out, tensor_ids, tile_indices, n_valid, key_low, key_high):
+@triton.jit(do_not_specialize=_PLAIN)
+def _gaussian_kernel(out, runs, n_runs, first_tile, key_low, key_high):
     tile = tl.program_id(0)
     call = tl.arange(0, _FIELD_CALLS)
-    tensor_id, tile_index = tl.load(tensor_ids + tile), tl.load(tile_indices + tile)
-    valid = tl.load(n_valid + tile)
+    tensor_id, tile_index, valid = find_tile(runs, n_runs, first_tile + tile)
     w0, w1, w2, w3 = tile_words(call, tensor_id, tile_index, key_low, key_high, _GAUSSIAN, _FIELD_CALLS)
     first = tile.to(tl.int64) * _TILE
     for i in tl.static_range(8):
@@ -167,11 +170,11 @@ def _gaussian_kernel(out, tensor_ids, tile_indices, n_valid, key_low, key_high):
         tl.store(out + first + element, tl.where(element < valid, z, 0.0))
 
 
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_ROWS)
-def _rounding_kernel(out, tensor_ids, tile_indices, key_low, key_high):
+@triton.jit(do_not_specialize=_PLAIN)
+def _rounding_kernel(out, runs, n_runs, first_tile, key_low, key_high):
     tile = tl.program_id(0)
     call = tl.arange(0, _FIELD_CALLS)
-    tensor_id, tile_index = tl.load(tensor_ids + tile), tl.load(tile_indices + tile)
+    tensor_id, tile_index, _ = find_tile(runs, n_runs, first_tile + tile)
     w0, w1, w2, w3 = tile_words(call, tensor_id, tile_index, key_low, key_high, _ROUNDING, _FIELD_CALLS)
     first = tile.to(tl.int64) * _TILE
     for i in tl.static_range(8):

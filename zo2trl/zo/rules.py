@@ -99,33 +99,17 @@ class UpdateRule:
         assert len({probe.seed for probe in probes}) <= 1, "probes of one call share their direction"
         steps = [record for record in records if isinstance(record, StepRecord)]
         in_place = any(probe.into.data_ptr() == weights.data_ptr() for probe in probes)
-        keep = keep or not (in_place or self._may_leave(weights, steps))
-        if steps or probes:
-            for span in spans:
-                self._visit_span(weights, span, steps, probes=probes, keep=keep)
-        return keep
-
-    def _may_leave(self, weights: torch.Tensor, steps: Sequence[StepRecord]) -> bool:
-        """Whether one pass over the weights does, which need not store them."""
-        if not (weights.is_cuda and self.noise.identity in PHILOX_DOMAINS):
-            return False
-        from zo2trl.zo import visit_triton
-
-        return len(visit_triton.batches(steps)) <= 1
-
-    def _visit_span(
-        self,
-        weights: torch.Tensor,
-        span: Span,
-        steps: Sequence[StepRecord],
-        *,
-        probes: Sequence[Displaced],
-        keep: bool,
-    ) -> None:
         if weights.is_cuda and self.noise.identity in PHILOX_DOMAINS:
             from zo2trl.zo import visit_triton
 
-            return visit_triton.visit(weights, span, steps, rule=self, probes=probes, keep=keep)
+            return visit_triton.visit(weights, spans, steps, rule=self, probes=probes, keep=keep, in_place=in_place)
+        for span in spans if steps or probes else ():
+            self._visit_span(weights, span, steps, probes=probes)
+        return keep or not in_place
+
+    def _visit_span(
+        self, weights: torch.Tensor, span: Span, steps: Sequence[StepRecord], *, probes: Sequence[Displaced]
+    ) -> None:
         flat = span.view(weights)
         for tiles, run in _chunks(span.tiles, weights.device):
             for record in steps:
