@@ -1,6 +1,18 @@
-"""What no step can beat: bare forwards and raw copies of this machine, measured in the run that is judged by them."""
+"""What no step can beat: bare forwards, raw copies and bare reads, measured in the run that is judged by them.
 
-from collections.abc import Callable
+Reading and writing a drive is done here without a line of the package's own readers.
+"""
+
+import math
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +20,16 @@ import torch
 from benchmarks._report import median_seconds
 from zo2trl.tiers.cpu import pin, unpin
 
-__all__ = ["copy_rates", "two_forwards_s"]
+__all__ = [
+    "DriveRates",
+    "Extent",
+    "copy_rates",
+    "drive_rates",
+    "raw_read_s",
+    "raw_write_s",
+    "spread_over",
+    "two_forwards_s",
+]
 
 COPY_BYTES = 1 << 30
 
@@ -50,3 +71,117 @@ def copy_rates() -> dict[str, float]:
     for host in hosts:
         unpin(host)
     return rates
+
+
+# -- a drive
+
+DEPTHS = ((4, 8 << 20), (8, 4 << 20), (16, 4 << 20))  # threads, bytes each has under way
+MAX_RAW_BYTES = 4 << 30  # read for one figure
+RAW_WRITES = 3
+BLOCK_BYTES = 4096  # what direct reads and writes want of offsets, addresses and lengths
+
+Extent = tuple[Path, int]
+"""A file, and how many bytes of it to read from its start."""
+
+
+@dataclass(frozen=True)
+class DriveRates:
+    """GB/s of bare direct reads and writes."""
+
+    read: float
+    write: float
+    threads: int  # with which reading was fastest
+    piece_bytes: int
+
+
+def drive_rates(extents: Sequence[Extent], *, like: DriveRates | None = None) -> DriveRates:
+    """Bare reads of these files, at the queue depth that suits the drive best, and bare writes beside them.
+
+    `like`: measure at the depth found then.
+    """
+    depths = DEPTHS if like is None else ((like.threads, like.piece_bytes),)
+    extents = spread_over(extents, MAX_RAW_BYTES)
+    n_bytes = sum(length for _, length in extents)
+    reads = [(n_bytes / raw_read_s(extents, threads=t, piece_bytes=p) / 1e9, t, p) for t, p in depths]
+    rate, threads, piece_bytes = max(reads)
+    largest = max(length for _, length in extents)
+    write_s = statistics.median(raw_write_s(extents[0][0].parent, largest) for _ in range(RAW_WRITES))
+    return DriveRates(read=rate, write=largest / write_s / 1e9, threads=threads, piece_bytes=piece_bytes)
+
+
+def spread_over(extents: Sequence[Extent], max_bytes: int) -> list[Extent]:
+    """As many of the files, evenly chosen, as hold about so many bytes."""
+    every = math.ceil(sum(length for _, length in extents) / max_bytes)
+    return [(path, length // BLOCK_BYTES * BLOCK_BYTES) for path, length in extents[:: max(every, 1)]]
+
+
+def raw_read_s(extents: Sequence[Extent], *, threads: int, piece_bytes: int) -> float:
+    """Seconds to read these bytes past the page cache into a buffer per thread, which nobody looks at."""
+    with ExitStack() as files:
+        fds = [files.enter_context(_open_direct(path, os.O_RDONLY)) for path, _ in extents]
+        pieces = [
+            (fd, start, min(piece_bytes, length - start))
+            for fd, (_, length) in zip(fds, extents, strict=True)
+            for start in range(0, length, piece_bytes)
+        ]
+
+        def read(buffer: mmap.mmap, fd: int, start: int, length: int) -> None:
+            n_read = os.preadv(fd, [memoryview(buffer)[:length]], start)
+            assert n_read == length, f"{n_read} bytes read instead of {length}"
+
+        return _in_threads(read, pieces, threads=threads, piece_bytes=piece_bytes)
+
+
+def raw_write_s(folder: Path, n_bytes: int, *, threads: int = 4, piece_bytes: int = 8 << 20) -> float:
+    """Seconds to write so many bytes past the page cache into a file whose room is reserved, and to sync it."""
+    n_bytes = max(n_bytes // BLOCK_BYTES, 1) * BLOCK_BYTES
+    path = folder / "raw_write.tmp"
+    try:
+        path.touch()
+        with _open_direct(path, os.O_WRONLY) as fd:
+            os.posix_fallocate(fd, 0, n_bytes)
+            pieces = [(fd, start, min(piece_bytes, n_bytes - start)) for start in range(0, n_bytes, piece_bytes)]
+
+            def write(buffer: mmap.mmap, fd: int, start: int, length: int) -> None:
+                n_written = os.pwritev(fd, [memoryview(buffer)[:length]], start)
+                assert n_written == length, f"{n_written} bytes written instead of {length}"
+
+            written_s = _in_threads(write, pieces, threads=threads, piece_bytes=piece_bytes)
+            started_s = time.perf_counter()
+            os.fdatasync(fd)
+            return written_s + time.perf_counter() - started_s
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_direct(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_DIRECT)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _in_threads(
+    work: Callable[[mmap.mmap, int, int, int], None],
+    pieces: Sequence[tuple[int, int, int]],
+    *,
+    threads: int,
+    piece_bytes: int,
+) -> float:
+    """Seconds until all pieces (descriptor, start, length) were worked on; each thread takes the next one."""
+    left = iter(pieces)
+    buffers = [mmap.mmap(-1, piece_bytes) for _ in range(threads)]
+    noise = os.urandom(BLOCK_BYTES)  # a drive may skip zeros
+    for buffer in buffers:
+        buffer.write((noise * (piece_bytes // BLOCK_BYTES + 1))[:piece_bytes])
+
+    def take_turns(buffer: mmap.mmap) -> None:
+        for fd, start, length in left:
+            work(buffer, fd, start, length)
+
+    with ThreadPoolExecutor(threads) as pool:
+        started_s = time.perf_counter()
+        list(pool.map(take_turns, buffers))
+        return time.perf_counter() - started_s

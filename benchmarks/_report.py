@@ -15,7 +15,7 @@ import psutil
 import torch
 import transformers
 
-__all__ = ["add_out", "machine", "median_seconds", "write_report"]
+__all__ = ["add_out", "command", "machine", "median_seconds", "save_report", "write_report"]
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
@@ -44,22 +44,34 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ram_bytes": psutil.virtual_memory().total,
         "gpu": gpu,
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
 
+def command(argv: list[str]) -> str:
+    """What was called, without the folders of this machine: of an absolute path its name is left."""
+    shown = []
+    for argument in argv[1:]:
+        option, equals, value = argument.rpartition("=")
+        shown.append(option + equals + (Path(value).name if Path(value).is_absolute() else value))
+    return " ".join([f"python -m benchmarks.{Path(argv[0]).stem}", *shown])
+
+
 def write_report(out: Path | None, **results: Any) -> None:
-    """Print the results, and write them with machine and command if a file was asked for."""
-    script = Path(sys.argv[0]).stem
-    report = {
-        "command": f"python -m benchmarks.{script} {' '.join(sys.argv[1:])}".strip(),
-        "machine": machine(),
-        **results,
-    }
-    text = json.dumps(report, indent=1)
-    print(text)
+    """Print the results, and save them if a file was asked for."""
+    print(json.dumps(_report(results), indent=1))
+    save_report(out, **results)
+
+
+def save_report(out: Path | None, **results: Any) -> None:
+    """Write the results with machine and command if a file was asked for."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+        out.write_text(json.dumps(_report(results), indent=1) + "\n")
+
+
+def _report(results: dict[str, Any]) -> dict[str, Any]:
+    return {"command": command(sys.argv), "machine": machine(), **results}

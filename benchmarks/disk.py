@@ -3,7 +3,7 @@
     python -m benchmarks.disk --out benchmarks/results/disk.json
 
 Makes files of transformer-block-shaped units with random bytes in `--folder`, then reads the same ones in turns: bare
-(O_DIRECT `preadv`, as many threads and bytes at once as the store, nothing done with the bytes) and through the store
+(O_DIRECT `preadv` at the queue depth that suits the drive best, nothing done with the bytes) and through the store
 (homes, prefetcher, staging, and the upload if there is a GPU), with checksums compared by sampling, with all of them
 compared, and through the page cache, cold. Rates are medians; CPU seconds are those of all threads of the process.
 """
@@ -14,13 +14,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks._floors import DriveRates, Extent, drive_rates, raw_read_s
 from benchmarks._report import add_out, write_report
 from zo2trl.tiers.cpu import HostTier
 from zo2trl.tiers.disk import DiskTier
@@ -30,7 +30,7 @@ from zo2trl.tiers.homes import Homes
 from zo2trl.tiers.layout import Layout, Segment, TensorSpec, plan_layout
 from zo2trl.tiers.placement import Budgets, place
 from zo2trl.tiers.prefetch import Prefetcher
-from zo2trl.tiers.readers import N_READERS, PIECE_BYTES, aligned_bytes
+from zo2trl.tiers.readers import N_READERS, PIECE_BYTES
 from zo2trl.tiers.three import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
 
@@ -95,11 +95,13 @@ def measure(folder: Path, *, hidden: int, n_units: int, repeats: int) -> dict[st
     layout = plan_layout(Model(hidden, n_units))
     samples: dict[str, list[Sample]] = {}
     with opened(layout, folder, LOCAL) as direct, opened(layout, folder, ThroughPageCache(), like=direct) as cached:
-        paths = sorted(folder.iterdir())
-        can_read_direct = reads_directly(paths[0])
-        lengths = [unit.n_bytes for unit in layout.units]
+        extents = [
+            (direct.files.path(u, r), u.n_bytes) for u, r in zip(layout.units, direct.files.founding, strict=True)
+        ]
+        can_read_direct = reads_directly(extents[0][0])
+        depth = drive_rates(extents)
         ways: dict[str, Callable[[], Sample]] = {
-            "bare": lambda: bare(paths, lengths),
+            "bare": lambda: bare(extents, depth),
             "store, sampled checksums": lambda: through_store(direct, check_all=False),
             "store, all checksums": lambda: through_store(direct, check_all=True),
             "store, page cache, sampled": lambda: through_store(cached, check_all=False, cold=folder),
@@ -109,7 +111,7 @@ def measure(folder: Path, *, hidden: int, n_units: int, repeats: int) -> dict[st
         for turn in range(repeats):
             for name in [*ways][turn % len(ways) :] + [*ways][: turn % len(ways)]:  # nobody always comes after another
                 samples.setdefault(name, []).append(ways[name]())
-    n_bytes = sum(lengths)
+    n_bytes = sum(length for _, length in extents)
     rows = {name: row(taken, n_bytes) for name, taken in samples.items()}
     bare_rate = rows["bare"]["gb_s"]
     return {
@@ -118,6 +120,9 @@ def measure(folder: Path, *, hidden: int, n_units: int, repeats: int) -> dict[st
         "bytes": n_bytes,
         "threads": N_READERS,
         "piece_bytes": PIECE_BYTES,
+        "bare_threads": depth.threads,
+        "bare_piece_bytes": depth.piece_bytes,
+        "bare_write_gb_s": depth.write,
         "direct_reads": can_read_direct,
         "ways": rows,
         "over_bare": {name: rows[name]["gb_s"] / bare_rate for name in rows if name != "bare"},
@@ -153,26 +158,11 @@ def timing(samples: list[Sample]) -> Iterator[None]:
     samples.append((time.perf_counter() - started_s, time.process_time() - cpu_started_s))
 
 
-def bare(paths: list[Path], lengths: list[int]) -> Sample:
-    """Direct reads into a buffer per thread."""
-    samples: list[Sample] = []
-    fds = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
-    pieces = iter(
-        [(fd, start) for fd, n_bytes in zip(fds, lengths, strict=True) for start in range(0, n_bytes, PIECE_BYTES)]
-    )
-
-    buffers = [aligned_bytes(PIECE_BYTES).fill_(1) for _ in range(N_READERS)]
-
-    def work(buffer: torch.Tensor) -> None:
-        into = buffer.numpy().data
-        for fd, start in pieces:
-            os.preadv(fd, [into], start)
-
-    with ThreadPoolExecutor(N_READERS) as pool, timing(samples):
-        list(pool.map(work, buffers))
-    for fd in fds:
-        os.close(fd)
-    return samples[0]
+def bare(extents: list[Extent], depth: DriveRates) -> Sample:
+    """Direct reads at the depth that suits the drive best; nobody looks at the bytes."""
+    cpu_started_s = time.process_time()
+    read_s = raw_read_s(extents, threads=depth.threads, piece_bytes=depth.piece_bytes)
+    return read_s, time.process_time() - cpu_started_s
 
 
 @contextmanager

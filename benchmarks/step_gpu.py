@@ -4,19 +4,24 @@
     python -m benchmarks.step_gpu --model opt-13b --modes budget --budgets 6GB 12GB 18GB 24GB
 
 OPT or Llama by size name with random weights made on the GPU, full fine-tuning with SGD, one batch of 1 x 2048 tokens.
-Reported per mode: median step time and tokens per second, what bounds it and the ratio to that bound, bytes per step
-and link, and the peaks of the allocator, of the device, of pinned and of anonymous host memory. One engine serves all
-modes: its units move.
+Reported per mode: median and least step time and tokens per second, what bounds it and the ratio to each bound, bytes
+per step and link, and the peaks of the allocator, of what it has reserved, of the device, of pinned and of anonymous
+host memory. One engine serves all modes: its units move.
+
+Where units live on disk, the very same files are read bare before and after the steps, and a file of a unit's size is
+written: machines are shared, and drives with them. Such a mode goes on stepping until a unit is written back, and is
+judged by its mean step, for not every step writes as much.
 """
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +31,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from benchmarks._floors import copy_rates, two_forwards_s
-from benchmarks._report import add_out, write_report
+from benchmarks._floors import DriveRates, Extent, copy_rates, drive_rates, two_forwards_s
+from benchmarks._report import add_out, save_report
 from zo2trl.engine.fitting import DeviceFit
 from zo2trl.engine.heads import deferring_logits, hook_heads
 from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
@@ -47,6 +52,8 @@ LINKS = ("h2d", "d2h", "disk_read", "disk_written")
 EVERYTHING = 1 << 40
 ROOM_FOR_A_PASS = 260 << 20  # of a 13B model over 2,048 tokens
 STEADY = 4  # steps before measuring: kernels compile, the ring fills, the first write-backs happen
+STEADY_ON_DISK = 2  # besides those up to the first write-back; such steps take seconds
+QUIET_S = 0.3  # without a read or a write: nothing is being fetched
 
 BLOCK, LEAF = "block", "leaf"
 MODES: dict[str, dict[str, Any]] = {
@@ -58,7 +65,10 @@ MODES: dict[str, dict[str, Any]] = {
     "leaves": {"device": 2 << 30, "granularity": LEAF},
     "budget": {},
     "disk": {"device": "all streamed", "cpu": 0},
+    "mixed": {"device": "a quarter", "cpu": "half of the rest"},
 }
+ON_DISK = {"disk", "mixed"}
+TURNS, STEPS_A_TURN = 5, 3  # of steps and bare forwards where computing bounds a step
 
 
 def main() -> None:
@@ -72,9 +82,9 @@ def main() -> None:
     parser.add_argument("--rounding", choices=["nearest", "stochastic"])
     parser.add_argument("--lora", action="store_true", help="train rank-16 adapters on q_proj and v_proj only")
     parser.add_argument("--budgets", nargs="+", default=["6GB", "12GB"], help="device budgets of the mode `budget`")
-    parser.add_argument("--cpu_memory", default="1TB", help="of every mode but `disk`")
+    parser.add_argument("--cpu_memory", default="1TB", help="of every mode but `disk` and `mixed`")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--store", type=Path, help="folder for the store; for the disk mode, on the disk to measure")
+    parser.add_argument("--store", type=Path, help="folder for the store, on the disk to measure")
     parser.add_argument("--trace", type=Path, help="folder for traces and pictures of three steps")
     parser.add_argument("--trace_modes", nargs="+", choices=MODES, default=["streamed"])
     add_out(parser)
@@ -98,8 +108,11 @@ def main() -> None:
                     label = " ".join(filter(None, [name, budget, f"{ids.numel()} tokens"]))
                     bench = Bench(engine, settings, mode, options=options, floors=floors)
                     rows[label] = bench.run(ids, label=label, traced=name in options.trace_modes)
-                    print(label, rows[label], flush=True)
-    write_report(options.out, model=options.model, direction=options.direction, floors=floors, modes=rows)
+                    print(line(label, rows[label]), flush=True)
+                    save_report(
+                        options.out, model=options.model, direction=options.direction, lora=options.lora,
+                        floors=floors, modes=rows,
+                    )  # fmt: skip
 
 
 def make_model(options: argparse.Namespace) -> nn.Module:
@@ -131,8 +144,9 @@ def make_model(options: argparse.Namespace) -> nn.Module:
 @contextmanager
 def opened(model: nn.Module, options: argparse.Namespace) -> Iterator[tuple[Engine, EngineOptions]]:
     """An engine in a folder of its own. Nothing is kept of the first weights: they can be drawn again."""
-    only_disk = options.modes == ["disk"]
+    only_disk = ON_DISK.issuperset(options.modes)  # what is written once is a model
     cpu = 0 if only_disk else parse_size(options.cpu_memory, argument="--cpu_memory")
+    assert isinstance(cpu, int), "--cpu_memory is a number of bytes"
     with tempfile.TemporaryDirectory(dir=options.store) as folder:
         settings = EngineOptions(
             budgets=Budgets(device="min" if only_disk else EVERYTHING, cpu=cpu), device=torch.device("cuda"), seed=0,
@@ -162,15 +176,12 @@ class Bench:
         self.engine, self.options, self.floors = engine, options, floors
         self.n_batches = mode.get("n_batches", 1)
         self.n_directions = mode.get("num_directions", 1)
-        settings = replace(
+        n_passes = 2 * self.n_directions * self.n_batches
+        device, cpu = budgets(engine.model, mode, n_passes=n_passes, cpu=settings.budgets.cpu)
+        self.settings = replace(
             settings, num_directions=self.n_directions, granularity=mode.get("granularity", BLOCK),
-            write_back_every=mode.get("write_back_every", "auto"),
-            budgets=Budgets(device=EVERYTHING, cpu=mode.get("cpu", settings.budgets.cpu)),
+            write_back_every=mode.get("write_back_every", "auto"), budgets=Budgets(device=device, cpu=cpu),
         )  # fmt: skip
-        device = mode["device"]
-        if device == "all streamed":
-            device = three_of_a_ring(engine.model, n_passes=2 * self.n_directions * self.n_batches)
-        self.settings = replace(settings, budgets=replace(settings.budgets, device=device))
         engine.estimator = TwoSidedSPSA(zo_eps=1e-3, num_directions=self.n_directions)
 
     def run(self, ids: torch.Tensor, *, label: str, traced: bool) -> dict[str, Any]:
@@ -186,55 +197,97 @@ class Bench:
             engine.step([loss] * self.n_batches, step=number, passes_per_march=passes_per_march)
             engine.commit(learning_rate=1e-6, weight_decay=0.0)
 
+        free_device_memory()  # what others left cached would be cut up by the units that come
         plan = plan_engine(engine.model, self.settings)
         engine.regranulate(plan.layout, plan.placement)
-        n_passes = 2 * self.n_directions * self.n_batches
-        torch.cuda.empty_cache()
         fit = DeviceFit(engine, self.settings)
         passes_per_march = fit.passes_per_march({"input_ids": ids})
+        free_device_memory()
         if self.settings.budgets.device != EVERYTHING:
-            fit.before_steps(loss, {"input_ids": ids}, n_passes=n_passes)
-        torch.cuda.empty_cache()
+            fit.before_steps(loss, {"input_ids": ids}, n_passes=2 * self.n_directions * self.n_batches)
         self.floors |= copy_rates()  # again for every mode: machines are shared, and links with them
-        for _ in range(STEADY):
-            step()
-        torch.cuda.reset_peak_memory_stats()
-        before = Counter(engine.store.traffic)
-        step_s = [seconds(step) for _ in range(self.options.repeats)]
-        moved = engine.store.traffic - before
-        figures = self._figures(
-            statistics.median(step_s), {link: moved[link] / len(step_s) for link in LINKS}, tokens=ids.numel()
-        )
+        free_device_memory()
+        files = self._files()
+        drive = [drive_rates(files)] if files else []
+        self._steady(step)
+        figures = self._measured(step, tokens=ids.numel(), drive=drive)
+        if figures["bound"] == "compute":
+            figures["in_turns"] = turns = self._in_turns(step, ids)
+            figures["over"]["compute"] = turns["over"]
         if traced and self.options.trace is not None:
             figures["trace"] = self._traced(step, label.replace(" ", "_"))
         return figures
 
-    def _figures(self, step_s: float, n_bytes: dict[str, float], *, tokens: int) -> dict[str, Any]:
+    def _files(self) -> list[Extent]:
+        """The files that units on disk live in, when nothing is read from them."""
+        store = self.engine.store
+        units = [store.layout.units[index] for index in store.placement.units_in("disk")]
+        if units:
+            wait_until_quiet(lambda: store.traffic["disk_read"] + store.traffic["disk_written"])
+        found = store.homes.files
+        return [(found.path(unit, record), unit.n_bytes) for unit in units if (record := found.newest(unit))]
+
+    def _steady(self, step: Callable[[], None]) -> None:
+        store = self.engine.store
+        on_disk = [store.layout.units[index] for index in store.placement.units_in("disk")]
+        for _ in range(STEADY_ON_DISK if on_disk else STEADY):
+            step()
+        if any(unit.is_trained for unit in on_disk):
+            before = store.traffic["disk_written"]
+            for _ in range(store.rhythm.store_every("disk")):
+                if store.traffic["disk_written"] > before:
+                    break
+                step()
+
+    def _measured(self, step: Callable[[], None], *, tokens: int, drive: list[DriveRates]) -> dict[str, Any]:
+        """Steps, and what they are judged by; `drive` has the rates before them, if any unit is on a drive."""
+        torch.cuda.reset_peak_memory_stats()
+        before, cpu_before_s = Counter(self.engine.store.traffic), time.process_time()
+        step_s = [seconds(step) for _ in range(self.options.repeats)]
+        cores = (time.process_time() - cpu_before_s) / sum(step_s)
+        moved = self.engine.store.traffic - before
+        n_bytes = {link: moved[link] / len(step_s) for link in LINKS}
         free, total = torch.cuda.mem_get_info()
-        up, floors = n_bytes["h2d"], self.floors
-        compute_ms = floors[f"two_forwards_ms_{tokens}"] * self.n_batches * self.n_directions
-        # What goes down shares the link with what comes up: measured both at once, each way gets less.
-        bounds_ms = {
-            "compute": compute_ms,
-            "upload": up / floors["up_gb_s"] / 1e6,
-            "both ways": min(up, n_bytes["d2h"]) / floors["each_way_gb_s"] / 1e6
-            + max(up - n_bytes["d2h"], 0.0) / floors["up_gb_s"] / 1e6,
-        }
         memory = psutil.Process().memory_info()
-        return {
-            "step_ms": step_s * 1e3,
-            "tokens_per_second": self.n_batches * tokens / step_s,
-            "over": {name: step_s * 1e3 / bound_ms for name, bound_ms in bounds_ms.items() if bound_ms},
-            "bytes_per_step": n_bytes,
-            "floors": {"up_gb_s": floors["up_gb_s"], "each_way_gb_s": floors["each_way_gb_s"]},
+        figures: dict[str, Any] = {
             "allocator_peak_bytes": torch.cuda.max_memory_allocated(),
-            "device_memory": self.settings.budgets.device,
+            "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
             "device_used_bytes": total - free,
+            "device_memory": self.settings.budgets.device,
             "cpu_tier_bytes": self.engine.store.placement.cpu_bytes,
             "anonymous_bytes": memory.rss - memory.shared,
+            "cpu_cores": cores,
             "write_back_every": dict(self.engine.store.rhythm.write_back),
             "store": self.engine.store.summary(),
         }
+        floors = dict(self.floors)
+        if drive:
+            drive = [*drive, drive_rates(self._files(), like=drive[0])]
+            floors |= drive_floors(drive)
+            figures["drive"] = [asdict(one) for one in drive]
+        compute_ms = floors[f"two_forwards_ms_{tokens}"] * self.n_batches * self.n_directions
+        return judged(step_s, n_bytes, bounds_ms(n_bytes, floors, compute_ms=compute_ms)) | {
+            "tokens_per_second": self.n_batches * tokens / statistics.median(step_s),
+            "bytes_per_step": n_bytes,
+            "floors": {name: rate for name, rate in floors.items() if name.endswith("gb_s")},
+            **figures,
+        }
+
+    def _in_turns(self, step: Callable[[], None], ids: torch.Tensor) -> dict[str, Any]:
+        """Steps and bare forwards in turns: what a GPU computes in a second depends on how warm it is by now."""
+        bare, n_pairs = make_model(self.options), self.n_batches * self.n_directions
+        turns = [
+            (
+                statistics.median(seconds(step) for _ in range(STEPS_A_TURN)) * 1e3,
+                two_forwards_s(bare, ids, repeats=STEPS_A_TURN) * 1e3 * n_pairs,
+            )
+            for _ in range(TURNS)
+        ]
+        del bare
+        free_device_memory()
+        names = ("steps_ms", "forwards_ms")
+        over = statistics.median(step_ms / forwards_ms for step_ms, forwards_ms in turns)
+        return {"over": over} | dict(zip(names, map(list, zip(*turns, strict=True)), strict=True))
 
     def _traced(self, step: Callable[[], None], name: str) -> str:
         self.options.trace.mkdir(parents=True, exist_ok=True)
@@ -245,10 +298,90 @@ class Bench:
         return str(trace.summary)
 
 
-def three_of_a_ring(model: nn.Module, *, n_passes: int) -> int:
-    """The device budget with which every block is streamed through a ring of three, activations included."""
-    least = place(plan_layout(model), Budgets(device="min", cpu=EVERYTHING))
-    return least.device_bytes + least.largest_segment_bytes + n_passes * ROOM_FOR_A_PASS
+def budgets(model: nn.Module, mode: Mapping[str, Any], *, n_passes: int, cpu: Any) -> tuple[Any, Any]:
+    """Bytes of device and host memory that a mode asks for; `cpu` where it does not say."""
+    layout = plan_layout(model)
+    streamable = sum(unit.n_bytes for unit in layout.units if not unit.is_resident)
+    least = place(layout, Budgets(device="min", cpu=EVERYTHING))
+    # A ring of three through which every block is streamed, activations included.
+    all_streamed = least.device_bytes + least.largest_segment_bytes + n_passes * ROOM_FOR_A_PASS
+    named = {
+        "all streamed": all_streamed, "a quarter": all_streamed + streamable // 4,
+        "half of the rest": streamable * 3 // 8,
+    }  # fmt: skip
+    device, cpu = mode["device"], mode.get("cpu", cpu)
+    return named.get(device, device), named.get(cpu, cpu)
+
+
+def bounds_ms(n_bytes: Mapping[str, float], floors: Mapping[str, float], *, compute_ms: float) -> dict[str, float]:
+    """Milliseconds that a step takes at least, by what bounds it: bytes of a step by link over GB/s of each link."""
+    up, down = n_bytes["h2d"], n_bytes["d2h"]
+    bounds = {
+        "compute": compute_ms,
+        "upload": up / floors["up_gb_s"] / 1e6,
+        # What goes down shares the link with what comes up: measured both at once, each way gets less.
+        "both ways": min(up, down) / floors["each_way_gb_s"] / 1e6 + max(up - down, 0.0) / floors["up_gb_s"] / 1e6,
+    }
+    if n_bytes["disk_read"]:
+        read_ms = n_bytes["disk_read"] / floors["disk_read_gb_s"] / 1e6
+        written_ms = n_bytes["disk_written"] / floors["disk_write_gb_s"] / 1e6
+        bounds |= {"disk read": read_ms, "disk read and written": read_ms + written_ms}
+    return {name: bound for name, bound in bounds.items() if bound}
+
+
+def judged(step_s: list[float], n_bytes: Mapping[str, float], bounds: Mapping[str, float]) -> dict[str, Any]:
+    """A step's time, beside its bounds; the mean where a drive is read, for not every step writes as much there."""
+    mean_ms, median_ms = statistics.mean(step_s) * 1e3, statistics.median(step_s) * 1e3
+    judged_ms = mean_ms if n_bytes["disk_read"] else median_ms
+    bound = max(bounds, key=lambda name: bounds[name])
+    return {
+        "step_ms": median_ms,
+        "least_step_ms": min(step_s) * 1e3,
+        "mean_step_ms": mean_ms,
+        "steps_ms": [one * 1e3 for one in step_s],
+        "bounds_ms": dict(bounds),
+        "bound": bound,
+        "over_bound": judged_ms / bounds[bound],
+        "over": {name: judged_ms / bound_ms for name, bound_ms in bounds.items()},
+        "least_over": {name: min(step_s) * 1e3 / bound_ms for name, bound_ms in bounds.items()},
+        "disk_read_gb_s": n_bytes["disk_read"] / judged_ms / 1e6,
+    }
+
+
+def drive_floors(drive: list[DriveRates]) -> dict[str, float]:
+    """One rate of those before and after the steps: as if a part of the bytes had been moved at each."""
+    return {
+        "disk_read_gb_s": statistics.harmonic_mean(one.read for one in drive),
+        "disk_write_gb_s": statistics.harmonic_mean(one.write for one in drive),
+    }
+
+
+def line(label: str, row: Mapping[str, Any]) -> str:
+    """What a run shows while it goes on."""
+    over = " ".join(f"{ratio:.3f} x {name}," for name, ratio in row["over"].items())
+    names = {"allocator_peak": "allocated", "reserved_peak": "reserved", "device_used": "used"}
+    memory = ", ".join(f"{row[f'{key}_bytes'] / 1e9:.2f} {name}" for key, name in names.items())
+    drive = ""
+    if "drive" in row:
+        raw = ", ".join(f"{one['read']:.2f} (written {one['write']:.2f})" for one in row["drive"])
+        written = row["bytes_per_step"]["disk_written"] / 1e6
+        drive = f"; disk {row['disk_read_gb_s']:.2f} of bare {raw} GB/s, {written:.0f} MB written a step"
+    times = f"{row['step_ms']:.1f} ms (least {row['least_step_ms']:.1f}, mean {row['mean_step_ms']:.1f})"
+    return f"{label}: {times} {over} GB {memory}; {row['cpu_cores']:.2f} cores{drive}"
+
+
+def free_device_memory() -> None:
+    """Give back what the allocator keeps for later: it would count as used, and serve requests it is too large for."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def wait_until_quiet(moved: Callable[[], int]) -> None:
+    """Until a count of bytes stays the same for a while."""
+    before = None
+    while (now := moved()) != before:
+        before = now
+        time.sleep(QUIET_S)
 
 
 def seconds(run: Callable[[], None]) -> float:

@@ -193,6 +193,31 @@ def test_a_slot_that_comes_while_its_bytes_are_being_read_waits_for_them(make) -
         assert job.result(PLENTY_S)
 
 
+def test_readers_are_not_kept_from_other_segments_by_one_that_waits_for_what_is_being_read(make) -> None:
+    n_held_up = readers.N_READERS // 2
+    stage, source = make(ahead=n_held_up), Source(n_held_up * PIECE)
+    source.gate.clear()
+    begun = source.begun()
+    stage.read_ahead(begun)
+    with ThreadPoolExecutor(2) as pool:
+        held_up = pool.submit(brought, stage, source, begun)
+        time.sleep(0.02)
+        assert pool.submit(brought, stage, Source(16 * PIECE, seed=1)).result(PLENTY_S)
+        assert not held_up.done()
+        source.gate.set()
+        assert held_up.result(PLENTY_S)
+
+
+def test_of_two_errors_the_one_in_front_is_raised_also_if_it_was_read_ahead(make) -> None:
+    stage, source = make(ahead=2), Source(6 * PIECE)
+    source.errors = {PIECE: ValueError("one"), 4 * PIECE: ValueError("four")}
+    begun = source.begun()
+    stage.read_ahead(begun)
+    with pytest.raises(ValueError, match="one"):
+        brought(stage, source, begun)
+    assert source.n_running == 0
+
+
 def test_what_nobody_wants_any_more_gives_its_memory_back_also_while_it_is_read(make) -> None:
     stage, source = make(ahead=8), Source(16 * PIECE)
     source.gate.clear()
@@ -244,6 +269,21 @@ def test_announcing_what_was_announced_before_reads_nothing_twice(make) -> None:
             assert disk.load(segment)
             assert len(disk.sources[segment.index].starts) in (4 * (round_ + 1), 4 * (round_ + 2))
     assert max(disk.opened.count(index) for index in disk.sources) <= 5
+
+
+def test_the_next_segment_is_begun_as_soon_as_there_is_room_and_nobody_has_to_ask(make) -> None:
+    """The march that would ask is waiting for the segment in front."""
+    stage = make(ahead=4)
+    disk = Disk(stage, 4)  # four pieces each
+    first, second, third, _ = disk.segments
+    disk.ahead.announce(disk.segments)
+    until(lambda: len(disk.sources[first.index].starts) == 4)
+    for begun, upcoming in ((first, second), (second, third)):
+        assert disk.sources[upcoming.index].starts == []
+        assert disk.load(begun)
+        if upcoming is second:
+            until(lambda: len(disk.sources[second.index].starts) == 4)
+    assert len(disk.sources[first.index].starts) == 4, "what was loaded is not begun again"
 
 
 def test_announcing_nothing_forgets_what_was_begun(make) -> None:

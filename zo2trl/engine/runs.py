@@ -196,7 +196,7 @@ def _in_memory_unless_filed(run: Run, files: UnitFiles) -> Placement:
 def _make_homes(run: Run, files: UnitFiles, *, fs: FS, read_only: bool = False) -> Homes:
     in_cpu = [run.layout.units[index] for index in run.placement.units_in("cpu")]
     tiers = Tiers(
-        gpu=DeviceTier(run.device),
+        gpu=DeviceTier(run.device, [unit for unit in run.layout.units if unit.is_resident]),
         cpu=HostTier(in_cpu, pinned=run.device.type == "cuda"),
         disk=DiskTier(files, keep_base=run.base_folder is None, fs=fs),
     )

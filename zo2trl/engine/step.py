@@ -66,6 +66,7 @@ class Engine:
         self._n_skips = _skips_at_end(store.journal.records)
         self.visited: list[int] = []  # indices of the points the last march served, in order
         self._displacer = Displacer(store)
+        self._is_poisoned = False  # by the march that goes on
         self.on_shutdown: list[Callable[[], Any]] = []  # what callers did to the model, to be undone
         self._bind()
 
@@ -96,8 +97,10 @@ class Engine:
             values += self._march(
                 [(run, probe) for run in losses[start : start + group] for probe in probes], seed=seed
             )
+        losses_there = _in_fp64(values)
         self._wait_for_device()
-        estimate = self.estimator.combine(_sum_per_probe(values, len(probes)))
+        numbers: list[float] = losses_there.tolist()
+        estimate = self.estimator.combine([_sum(numbers[probe :: len(probes)]) for probe in range(len(probes))])
         self._pending = _Pending(step, seed, estimate)
         return estimate
 
@@ -198,9 +201,9 @@ class Engine:
             raise MarchError("A march was started from inside another march: a loss closure must only run the model.")
         self._adopt_changes()
         self.visited = []
+        self._is_poisoned = False
         passes = [Pass(run, probe, first_point=REST) for run, probe in runs]
         with torch.no_grad(), self._saying_what_fills_memory():
-            self.binding.poison_all()
             try:
                 values = march(passes, lambda index, waiting: self._serve(index, waiting, seed))
             except BaseException:
@@ -236,6 +239,9 @@ class Engine:
         with self.store.lend(point) as loans:
             weights = [loan.weights for loan in loans]
             for round_ in self._displacer.rounds(loans, probes, seed=seed):
+                if not self._is_poisoned:  # only now: the device has waited for its first work since the last march
+                    self.binding.poison_all()
+                    self._is_poisoned = True
                 for probe, displaced in round_:
                     self.binding.bind(point, weights, perturbed=displaced)
                     for one in waiting:
@@ -331,7 +337,8 @@ def _no_backward(saved: Any) -> Any:
     )
 
 
-def _sum_per_probe(values: Sequence[torch.Tensor], n_probes: int) -> list[float]:
+def _in_fp64(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Losses as one tensor, where they were made."""
     for value in values:
         if value.dtype in (torch.float16, torch.bfloat16):
             raise LossPrecisionError(
@@ -339,8 +346,7 @@ def _sum_per_probe(values: Sequence[torch.Tensor], n_probes: int) -> list[float]
                 "in steps of 0.24 (float16) or 1.95 (bfloat16). Return the loss in float32: compute it from "
                 "`logits.float()`."
             )
-    numbers = torch.stack([value.detach().double().reshape(()) for value in values]).tolist()
-    return [_sum(numbers[probe::n_probes]) for probe in range(n_probes)]
+    return torch.stack([value.detach().double().reshape(()) for value in values])
 
 
 def _sum(numbers: Sequence[float]) -> float:

@@ -3,7 +3,7 @@
 Invariant: a unit's buffer keeps its address as long as the unit lives here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,26 +14,34 @@ __all__ = ["DeviceTier"]
 
 
 class DeviceTier:
-    """One buffer per unit on the execution device."""
+    """One buffer per unit on the execution device; those of units that never leave, `permanent`, in one arena.
+
+    An allocator gives memory back segment by segment, and small buffers that stay lie in the segments of large ones:
+    each adapter of OPT-13B kept a whole block's memory from whoever might need it.
+    """
 
     name = "gpu"
 
     _buffers: dict[int, torch.Tensor]
+    _permanent: dict[int, torch.Tensor]
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, permanent: Sequence[Unit] = ()) -> None:
         self._device = device
         self._buffers = {}
+        arena = torch.zeros(sum(unit.n_bytes for unit in permanent), dtype=torch.uint8, device=device)
+        parts = arena.split([unit.n_bytes for unit in permanent])
+        self._permanent = {unit.index: part for unit, part in zip(permanent, parts, strict=True)}
 
     def adopt(self, unit: Unit, source: Source) -> None:
         """Allocate and fill."""
-        buffer = torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device)
+        buffer = self._buffer(unit)
         for spec in unit.tensors:
             tensor_view(buffer, spec).copy_(source(spec))
         self._buffers[unit.index] = buffer
 
     def fill(self, unit: Unit, pieces: Pieces) -> None:
         """Allocate and fill with the bytes of a unit file."""
-        buffer = torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device)
+        buffer = self._buffer(unit)
         copy_pieces(pieces, buffer)
         self._buffers[unit.index] = buffer
 
@@ -64,6 +72,12 @@ class DeviceTier:
     def close(self) -> None:
         """Drop the buffers."""
         self._buffers.clear()
+        self._permanent.clear()
+
+    def _buffer(self, unit: Unit) -> torch.Tensor:
+        if unit.index in self._permanent:
+            return self._permanent[unit.index]
+        return torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device)
 
 
 def _nothing() -> None:

@@ -35,7 +35,7 @@ from zo2trl.tiers.staging import Staging
 from zo2trl.tiers.three import AnyTier, Tiers
 from zo2trl.tiers.tier import Source, carve, copy_pieces, gathered, host_bytes
 from zo2trl.tiers.unit_files import Draft, UnitFiles
-from zo2trl.tiers.write_jobs import WriteJobs, raise_first
+from zo2trl.tiers.write_jobs import LetGo, WriteJobs, raise_first
 
 __all__ = ["Homes"]
 
@@ -189,7 +189,8 @@ class Homes:
         """Host memory for segments that come from or go to disk."""
         self._staging.close()
         on_disk = [self.layout.units[index].n_bytes for index in self.placement.units_in("disk")]
-        ahead_bytes = max(on_disk, default=0) if self.placement.units_in("cpu") else 0
+        is_even = not (self.placement.units_in("cpu") or self.layout.leaf_blocks)  # then the ring is enough
+        ahead_bytes = 0 if is_even else max(on_disk, default=0)
         self._staging = Staging(n_bytes if on_disk else 0, device=self._device, ahead_bytes=ahead_bytes)
         self._ahead = ReadAhead(self._staging, self._open)
 
@@ -327,13 +328,16 @@ class Homes:
     # -- in the writer thread
 
     @spanned("write back", lambda homes, segment, *_, **__: segment.unit.name)
-    def _write(self, segment: Segment, weights: torch.Tensor, *, position: int, ready: torch.Event | None) -> None:
+    def _write(
+        self, segment: Segment, weights: torch.Tensor, let_go: LetGo, *, position: int, ready: torch.Event | None
+    ) -> None:
         tier = self._tier(segment.unit)
         if on_disk := isinstance(tier, DiskTier):
             complete = tier.write_pieces(segment, self._staging.download(weights, ready), version=position)
         else:
             with self._staging.downloaded(weights, ready) as data:
                 complete = tier.write(segment, data, version=position)
+        let_go()  # the slot is free while the file is being synced
         move_in = tier.publish(segment.unit) if complete else None
         with self._lock:
             self._ledger.draft(segment, position)

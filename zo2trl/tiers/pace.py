@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_WRITE_BACK_INTERVAL", "Pace", "Rates", "StepTime", "Work"]
 
 MAX_WRITE_BACK_INTERVAL = 32
-AS_GOOD = 1.005  # of two intervals this close, other things decide
+AS_GOOD = 1.002  # of two intervals this close, other things decide
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +120,8 @@ class Pace:
         """Steps between write-backs of a unit: the number with which a step takes the least time.
 
         It is large where the link is what a step waits for, as long as replay hides under it; small where computing
-        hides the writes. Of all within half a per cent of the best, units in memory take the smallest, which leaves
-        the least to catch up with, and units on disk the largest, for drives wear out by writing.
+        hides the writes. Of all that are as good as the best, units in memory take the smallest, which leaves the
+        least to catch up with, and units on disk the largest, for drives wear out by writing.
 
         Args:
             tier: where the units live.
@@ -182,8 +182,8 @@ _H200 = Rates(
     upload_bytes=55e9, write_bytes=535e9, disk_read_bytes=2.9e9, disk_write_bytes=0.94e9,
     copied_beside_computing_bytes=1e12, memory_bytes=4.05e12, flops=600e12,
     updates={
-        ("rademacher", "nearest"): 2e12, ("rademacher", "stochastic"): 1.5e12,
-        ("gaussian", "nearest"): 1.05e12, ("gaussian", "stochastic"): 0.75e12,
+        ("rademacher", "nearest"): 4e12, ("rademacher", "stochastic"): 1.6e12,
+        ("gaussian", "nearest"): 1e12, ("gaussian", "stochastic"): 0.85e12,
         ("mezo", "nearest"): 0.1e12,
     },
 )  # fmt: skip

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from typing import Literal
 
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 TierName = Literal["gpu", "cpu", "disk"]
+TIERS: tuple[TierName, ...] = ("gpu", "cpu", "disk")
 Size = int | Literal["min"]
 
 RING_SEGMENTS = 3  # of the largest size: one under the model's hands, one ready, one filling
@@ -104,6 +106,11 @@ class Placement:
     def units_in(self, tier: TierName) -> list[int]:
         """Indices of the units that live in a tier."""
         return [index for index, name in self.tier_of.items() if name == tier]
+
+    @cached_property
+    def turns(self) -> dict[int, int]:
+        """Each unit's number among those of its tier. Its index won't do: every other block may be in one tier."""
+        return {index: turn for tier in TIERS for turn, index in enumerate(self.units_in(tier))}
 
     def n_bytes(self, layout: Layout) -> dict[TierName, int]:
         """Bytes of the weights in each tier that has any."""

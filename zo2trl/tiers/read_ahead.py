@@ -8,7 +8,7 @@ Invariant: a segment is begun in the order of need, and all of it before the nex
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Generic
 
@@ -25,31 +25,50 @@ class ReadAhead(Generic[R]):
     """What was begun and not loaded yet. `open` starts to read a segment from its home, in a reader's thread."""
 
     _begun: dict[int, Begun[R]]  # segment -> reading
+    _upcoming: list[Segment]  # the next ones in the order of need, as many as could ever be begun
 
     def __init__(self, staging: Staging, open: Callable[[Segment], R]) -> None:
         self._staging, self._open = staging, open
         self._begun = {}
-        self._lock = threading.Lock()  # a fetch thread takes what the march's thread has begun
+        self._upcoming = []
+        # A fetch thread takes what the march's thread has begun. Giving up a reading makes room, in the same thread.
+        self._lock = threading.RLock()
+        staging.on_room = self._go_on
 
     def announce(self, upcoming: Iterable[Segment]) -> None:
         """These come next, in this order: read as much of them as there is memory for. If none do, forget all."""
-        is_over = True
         with self._lock:
-            for segment in upcoming:
-                is_over = False
-                begun = self._begun.setdefault(segment.index, self._new(segment))
-                if not self._staging.read_ahead(begun):
-                    break
-            if is_over:
-                while self._begun:
-                    self._staging.abandon(self._begun.popitem()[1])
+            self._upcoming = list(_filling(self._staging.ahead_bytes, upcoming))
+            if self._upcoming:
+                self._go_on()
+                return
+            while self._begun:
+                self._staging.abandon(self._begun.popitem()[1])
 
     def load(self, segment: Segment, target: torch.Tensor, slot: Slot) -> R:
         """Disk -> slot; see `Staging.read_and_upload`."""
         with self._lock:
+            self._upcoming = [other for other in self._upcoming if other.index != segment.index]
             begun = self._begun.pop(segment.index, None) or self._new(segment)
         self._staging.read_and_upload(begun, target, slot)
         return begun.reading
 
+    def _go_on(self) -> None:
+        """Also while a load gives its memory back piece by piece: the drive need not wait until the march asks."""
+        with self._lock:
+            for segment in self._upcoming:
+                begun = self._begun.setdefault(segment.index, self._new(segment))
+                if not self._staging.read_ahead(begun):
+                    break
+
     def _new(self, segment: Segment) -> Begun[R]:
         return Begun(partial(self._open, segment), n_bytes=segment.n_bytes)
+
+
+def _filling(n_bytes: int, segments: Iterable[Segment]) -> Iterator[Segment]:
+    """The first ones: so many bytes, and one more that may be begun."""
+    for segment in segments:
+        yield segment
+        n_bytes -= segment.n_bytes
+        if n_bytes < 0:
+            return

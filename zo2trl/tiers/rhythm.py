@@ -7,7 +7,6 @@ Invariant: units take turns, so that every step writes about equally much.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from zo2trl.tiers.layout import Unit
 from zo2trl.tiers.placement import TierName
 
 __all__ = ["Rhythm"]
@@ -26,6 +25,6 @@ class Rhythm:
         """Steps between two times that a unit's weights are stored at home with every record absorbed."""
         return self.write_back.get(tier, 1)
 
-    def is_turn(self, unit: Unit, *, every: int, position: int) -> bool:
-        """Whether a unit is due after the record that leads to `position`."""
-        return (position + unit.index) % every == 0
+    def is_turn(self, turn: int, *, every: int, position: int) -> bool:
+        """Whether the unit that is number `turn` of those that take turns is due after the record at `position`."""
+        return (position + turn) % every == 0

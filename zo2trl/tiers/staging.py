@@ -14,7 +14,7 @@ Invariants:
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -28,7 +28,7 @@ from zo2trl.tiers.tier import host_bytes
 
 __all__ = ["Begun", "Reading", "Staging"]
 
-N_PIECES_UP = 2 * N_READERS  # half of them are being filled, while copies out of the others wait for their slot
+N_PIECES_UP = N_READERS + 4  # those that are being filled, and others whose copies wait for their slot
 N_PIECES_DOWN = 2  # one is written to disk while the next one comes
 
 
@@ -105,9 +105,11 @@ class Staging:
         self, n_bytes: int, *, device: torch.device, ahead_bytes: int = 0, in_pieces: bool | None = None
     ) -> None:
         self._on_gpu = device.type == "cuda"
+        self.ahead_bytes = ahead_bytes
         self._up = torch.cuda.Stream(device) if self._on_gpu else None
         self._down = torch.cuda.Stream(device) if self._on_gpu else None
         self._readers = Readers()
+        self.on_room: Callable[[], object] = lambda: None  # called, in any thread, when more can be read ahead
         self._memory: torch.Tensor | None = None
         self._free: SimpleQueue[_Piece] = SimpleQueue()
         self._ahead: SimpleQueue[_Piece] = SimpleQueue()
@@ -154,21 +156,29 @@ class Staging:
         while begun.parts:
             _, part = begun.parts.popitem()
             part.job.cancel()
-            part.job.add_done_callback(lambda job, piece=part.piece: self._ahead.put(piece))
+            part.job.add_done_callback(lambda job, piece=part.piece: self._give_back_ahead(piece))
 
     def read_and_upload(self, begun: Begun, target: torch.Tensor, slot: Slot) -> None:
         """Disk -> slot. On return every byte was read and found right, and its copy is enqueued."""
         reading = begun.reading
         if not self._in_pieces:
-            self._readers.run(lambda first, last: reading.fill(target[first:last], first), n_bytes=begun.n_bytes)
+            self._readers.run(lambda start, stop: reading.fill(target[start:stop], start), n_bytes=begun.n_bytes)
         else:
             self._wait_for(slot)
+            first = len(begun.parts) * PIECE_BYTES
+            others = self._readers.begin(
+                lambda start, stop: self._bring(begun, target[start:stop], start), first=first, n_bytes=begun.n_bytes
+            )
             try:
-                self._readers.run(
-                    lambda first, last: self._bring(begun, target[first:last], first), n_bytes=begun.n_bytes
-                )
+                self._upload_parts(begun, target)
+            except BaseException:
+                others.give_up()
+                with suppress(BaseException):  # what failed first, in the order of bytes, is told
+                    others.end()
+                raise
             finally:
                 self.abandon(begun)
+            others.end()
             if self._up is not None:
                 slot.copied = self._up.record_event()
         reading.finish()
@@ -182,18 +192,29 @@ class Staging:
         piece.wait()
         begun.reading.fill(staged, start)
 
+    def _upload_parts(self, begun: Begun, target: torch.Tensor) -> None:
+        """What was read ahead. Here, in the fetch thread: a reader that waited for another one would not read."""
+        for start in sorted(begun.parts):
+            part = begun.parts.pop(start)
+            staged = part.piece.memory[: min(PIECE_BYTES, begun.n_bytes - start)]
+            try:
+                part.job.result()
+                part.piece.copy(staged, target[start : start + staged.numel()], stream=self._up)
+            finally:
+                self._give_back_ahead(part.piece)
+
     def _bring(self, begun: Begun, target: torch.Tensor, start: int) -> None:
-        part = begun.parts.pop(start, None)
-        piece, home = (part.piece, self._ahead) if part is not None else (self._free.get(), self._free)
+        piece = self._free.get()
         try:
             staged = piece.memory[: target.numel()]
-            if part is not None:
-                part.job.result()  # the readers took it up before this
-            else:
-                self._fill(begun, piece, staged, start=start)
+            self._fill(begun, piece, staged, start=start)
             piece.copy(staged, target, stream=self._up)
         finally:
-            home.put(piece)
+            self._free.put(piece)
+
+    def _give_back_ahead(self, piece: _Piece) -> None:
+        self._ahead.put(piece)
+        self.on_room()
 
     # -- down
 

@@ -165,7 +165,7 @@ class TieredStore:
         self._absorb_rest()
         position = len(self.records)
         for unit in self.layout.units:
-            is_its_turn = self.rhythm.is_turn(unit, every=self.rhythm.snapshot, position=position)
+            is_its_turn = self.rhythm.is_turn(unit.index, every=self.rhythm.snapshot, position=position)
             if is_its_turn and unit.is_trained and self.tier_of(unit) != "disk":
                 self.homes.snapshot(unit)
 
@@ -373,7 +373,8 @@ class TieredStore:
         if self.homes.read_only and tier == "disk":
             return False
         every = self.rhythm.store_every(tier)
-        return self._eager or self.rhythm.is_turn(unit, every=every, position=len(self.records) + in_steps)
+        turn = self.placement.turns[unit.index]
+        return self._eager or self.rhythm.is_turn(turn, every=every, position=len(self.records) + in_steps)
 
     def _may_be_due(self, segment: Segment) -> bool:
         """Asked when a segment is fetched, which may be a step before it is used."""

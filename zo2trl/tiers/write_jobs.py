@@ -9,16 +9,20 @@ Invariants:
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from zo2trl.tiers.layout import Segment
 from zo2trl.tiers.waiting import wait_for_all
 
-__all__ = ["WriteJobs", "raise_first"]
+__all__ = ["LetGo", "WriteJobs", "raise_first"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+LetGo = Callable[[], None]
+"""Called by a job that does not need the bytes it was given any more."""
 
 
 class WriteJobs:
@@ -32,14 +36,19 @@ class WriteJobs:
         self._newest = {}
         self._others = []
 
-    def write_back(self, segment: Segment, work: Callable[[], None]) -> Future[None]:
-        """Write a segment, later; `get` finds the job from here on."""
-        job = self._thread.submit(work)
+    def write_back(self, segment: Segment, work: Callable[[LetGo], None]) -> Future[None]:
+        """Write a segment, later; `get` finds the job from here on.
+
+        The future returned is done when the job lets go of the bytes that it was given, at its end at the latest.
+        """
+        left: Future[None] = Future()
+        job = self._thread.submit(work, partial(left.set_result, None))
+        job.add_done_callback(lambda _: left.done() or left.set_result(None))  # it may have failed, or never begun
         _, before = self._newest.get(segment.index, (segment, None))
         self._newest[segment.index] = segment, job
         if before is not None:
             self._others.append(before)
-        return job
+        return left
 
     def later(self, work: Callable[P, None], *args: P.args, **named: P.kwargs) -> None:
         """Do something else, later."""
