@@ -53,7 +53,7 @@ def test_env_names_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -
     lines = dict(line.removeprefix("- ").split(": ", 1) for line in capsys.readouterr().out.splitlines())
     for package in ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "safetensors"):
         assert lines[package] == version(package)
-    assert {"zo2trl", "Python", "CUDA", "CPU", "memory", "disk"} <= set(lines)
+    assert {"zo2trl", "Python", "CUDA", "CPU", "memory", "disk", "accelerate config"} <= set(lines)
     assert "available" in lines["memory"] and "free at" in lines["disk"]
 
 

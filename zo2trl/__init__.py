@@ -6,16 +6,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zo2trl.errors import ZO2TRLError
     from zo2trl.trainers.arguments import ZOConfig
+    from zo2trl.trainers.dpo_trainer import ZODPOConfig, ZODPOTrainer
+    from zo2trl.trainers.objectives import OutputObjective, TextObjective
+    from zo2trl.trainers.reward_trainer import ZORewardConfig, ZORewardTrainer
     from zo2trl.trainers.sft_trainer import ZOSFTConfig, ZOSFTTrainer
     from zo2trl.trainers.zo_trainer import ZOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["ZO2TRLError", "ZOConfig", "ZOSFTConfig", "ZOSFTTrainer", "ZOTrainer", "__version__"]
+__all__ = [
+    "OutputObjective", "TextObjective", "ZO2TRLError", "ZOConfig", "ZODPOConfig", "ZODPOTrainer", "ZORewardConfig",
+    "ZORewardTrainer", "ZOSFTConfig", "ZOSFTTrainer", "ZOTrainer", "__version__",
+]  # fmt: skip
 
 # Imported on first use: `zo2trl --version` should not wait for torch, and ZOTrainer should not need TRL.
 _HOMES = {
+    "OutputObjective": "zo2trl.trainers.objectives",
+    "TextObjective": "zo2trl.trainers.objectives",
     "ZO2TRLError": "zo2trl.errors",
     "ZOConfig": "zo2trl.trainers.arguments",
+    "ZODPOConfig": "zo2trl.trainers.dpo_trainer",
+    "ZODPOTrainer": "zo2trl.trainers.dpo_trainer",
+    "ZORewardConfig": "zo2trl.trainers.reward_trainer",
+    "ZORewardTrainer": "zo2trl.trainers.reward_trainer",
     "ZOSFTConfig": "zo2trl.trainers.sft_trainer",
     "ZOSFTTrainer": "zo2trl.trainers.sft_trainer",
     "ZOTrainer": "zo2trl.trainers.zo_trainer",

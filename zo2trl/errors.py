@@ -12,6 +12,9 @@
     │   ├── StoreLocked                    another process owns the store
     │   ├── StoreCorrupt                   bytes on disk are not what was written; names file, offset and cure
     │   └── ShortRead                      a file ended before the bytes asked for
+    ├── ParallelError                      the processes of one training cannot go on together
+    │   ├── RankLost                       one of them has ended, or does not answer
+    │   └── RanksDiverged                  they do not hold the same weights, or do not do the same
     ├── MarchError                         the model did something the streamed march cannot serve
     ├── LossPrecisionError                 the loss came back in 16 bit, where a projected gradient drowns in rounding
     └── TrainingDiverged                   too many non-finite losses in a row
@@ -19,12 +22,19 @@
 ``raise`` is for the world, ``assert`` is for our own bugs.
 """
 
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+
 __all__ = [
     "BudgetError",
     "CheckpointError",
     "ConfigError",
     "LossPrecisionError",
     "MarchError",
+    "ParallelError",
+    "RankLost",
+    "RanksDiverged",
     "ShortRead",
     "StoreCorrupt",
     "StoreError",
@@ -33,6 +43,7 @@ __all__ = [
     "TrainingDiverged",
     "UnsupportedError",
     "ZO2TRLError",
+    "errors_in_one_line",
 ]
 
 
@@ -76,6 +87,18 @@ class ShortRead(StoreError):
     """A file ended before the bytes asked for."""
 
 
+class ParallelError(ZO2TRLError):
+    """The processes of one training cannot go on together."""
+
+
+class RankLost(ParallelError):
+    """Another process of the training has ended, or does not answer."""
+
+
+class RanksDiverged(ParallelError):
+    """The processes of one training do not hold the same weights, or do not do the same."""
+
+
 class MarchError(ZO2TRLError):
     """The model did something a streamed march cannot serve."""
 
@@ -86,3 +109,13 @@ class LossPrecisionError(ZO2TRLError):
 
 class TrainingDiverged(ZO2TRLError):
     """Too many non-finite losses in a row."""
+
+
+@contextmanager
+def errors_in_one_line(program: str) -> Generator[None]:
+    """For scripts: an error made for users is one line on stderr and exit code 2; any other keeps its traceback."""
+    try:
+        yield
+    except ZO2TRLError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

@@ -300,3 +300,75 @@ def test_a_march_can_follow_a_failed_one():
     with pytest.raises(ZeroDivisionError):
         together(forever, lambda: (wait(), 1 / 0))
     assert together(lambda: (wait(), 5)[1]) == [5]
+
+
+# ------------------------------------------------------------------------------------------- what is a pass's own
+
+
+class Switch:
+    """Something about a model that passes switch off for a while."""
+
+    def __init__(self):
+        self.value, self.n_sets = "on", 0
+
+    def get(self):
+        return self.value
+
+    def set(self, value):
+        self.value, self.n_sets = value, self.n_sets + 1
+
+
+def march_with(switch, *runs):
+    def serve(point, waiting):
+        for one in waiting:
+            one.resume()
+
+    return march([Pass(run, CLEAN, first_point=0, pass_locals=[switch]) for run in runs], serve, pass_locals=[switch])
+
+
+def test_what_one_pass_switches_off_is_on_in_another_and_after_the_march():
+    switch = Switch()
+
+    def switching():
+        seen = [switch.value]
+        wait()
+        switch.value = "off"
+        wait()
+        seen.append(switch.value)
+        return seen
+
+    def looking():
+        seen = [switch.value]
+        for _ in range(3):
+            wait()
+            seen.append(switch.value)
+        return seen
+
+    assert march_with(switch, switching, looking, switching) == [["on", "off"], ["on"] * 4, ["on", "off"]]
+    assert switch.value == "on"
+
+
+def test_a_pass_that_fails_leaves_nothing_switched_off():
+    switch = Switch()
+
+    def failing():
+        switch.value = "off"
+        wait()
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        march_with(switch, failing, wait)
+    assert switch.value == "on"
+
+
+def test_passes_that_switch_together_are_not_switched_back_and_forth():
+    switch = Switch()
+
+    def switching():
+        wait()
+        switch.value = "off"
+        for _ in range(50):
+            wait()
+
+    march_with(switch, switching, switching)
+    assert switch.n_sets < 6

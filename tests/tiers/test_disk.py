@@ -17,7 +17,7 @@ from tests.support.durable import QuickFS, base_weights
 from tests.support.faulty_fs import FaultyFS
 from tests.support.stores import synthetic_layout
 from zo2trl.errors import ShortRead, StoreCorrupt, StoreError
-from zo2trl.tiers.disk import CHECK_EVERY, DiskHome, DiskTier
+from zo2trl.tiers.disk import CHECK_EVERY, DiskTier, VersionHome
 from zo2trl.tiers.fs import FS
 from zo2trl.tiers.layout import Unit
 from zo2trl.tiers.readers import aligned_bytes
@@ -46,22 +46,22 @@ class WatchedFS(QuickFS):
         return super().read_some(fd, into, offset)
 
 
-def a_home(folder: Path, *, fs: FS, unit: Unit = UNIT) -> DiskHome:
+def a_home(folder: Path, *, fs: FS, unit: Unit = UNIT) -> VersionHome:
     (folder / "units").mkdir(parents=True, exist_ok=True)
     files = UnitFiles(folder / "units", fs=fs)
     draft = files.draft(unit, lambda spec: host_bytes(base_weights(spec)), position=0)
-    return DiskHome(files, unit, files.publish(draft), fs=fs)
+    return VersionHome(files, unit, files.publish(draft), fs=fs)
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[DiskHome]:
+def home(tmp_path: Path) -> Iterator[VersionHome]:
     home = a_home(tmp_path, fs=QuickFaultyFS())
     yield home
     home.close()
     home.__dict__.pop("map", None)  # pytest holds the home for longer than a map may be open
 
 
-def read(home: DiskHome, *, tensors=UNIT.tensors, **how) -> tuple[torch.Tensor, bool]:
+def read(home: VersionHome, *, tensors=UNIT.tensors, **how) -> tuple[torch.Tensor, bool]:
     """The bytes, and whether all of them were compared."""
     into = aligned_bytes(sum(spec.n_padded_bytes for spec in tensors))
     reading = home.reading(tensors, **how)
@@ -71,7 +71,7 @@ def read(home: DiskHome, *, tensors=UNIT.tensors, **how) -> tuple[torch.Tensor, 
     return into, reading.is_checked
 
 
-def stored(home: DiskHome) -> torch.Tensor:
+def stored(home: VersionHome) -> torch.Tensor:
     return torch.from_numpy(home.map.copy())
 
 
@@ -124,7 +124,7 @@ def test_every_part_of_a_version_is_aligned(tmp_path: Path, tensors) -> None:
     home.close()
 
 
-def test_a_version_is_read_although_a_newer_one_has_taken_its_name(home: DiskHome) -> None:
+def test_a_version_is_read_although_a_newer_one_has_taken_its_name(home: VersionHome) -> None:
     before = stored(home)
     home._path.unlink()
     assert torch.equal(read(home)[0], before)
@@ -147,17 +147,17 @@ def test_a_home_closes_all_it_opened_also_when_opening_fails(tmp_path: Path) -> 
 # -- what is compared when
 
 
-def test_the_first_read_after_opening_compares_everything(home: DiskHome) -> None:
+def test_the_first_read_after_opening_compares_everything(home: VersionHome) -> None:
     assert read(home, check_all=False)[1] is True
     assert read(home, check_all=False)[1] is False
 
 
-def test_whoever_asks_for_everything_gets_everything_compared(home: DiskHome) -> None:
+def test_whoever_asks_for_everything_gets_everything_compared(home: VersionHome) -> None:
     for _ in range(2 * CHECK_EVERY):
         assert read(home, check_all=True)[1] is True
 
 
-def test_a_first_read_that_failed_does_not_count(home: DiskHome) -> None:
+def test_a_first_read_that_failed_does_not_count(home: VersionHome) -> None:
     fs = home._fs
     assert isinstance(fs, QuickFaultyFS)
     fs.only("read_some", 2)
@@ -167,7 +167,7 @@ def test_a_first_read_that_failed_does_not_count(home: DiskHome) -> None:
     assert read(home, check_all=False)[1] is True
 
 
-def compared_at(home: DiskHome, n_reads: int, groups) -> dict[str, list[int]]:
+def compared_at(home: VersionHome, n_reads: int, groups) -> dict[str, list[int]]:
     """Tensor -> its own reads (0, 1, 2 ...) at which it was compared; `groups` are read in turns."""
     found: dict[str, list[int]] = {spec.name: [] for spec in UNIT.tensors}
     seen: dict[int, int] = {}
@@ -192,7 +192,9 @@ GROUPINGS = {
 
 
 @pytest.mark.parametrize("groups", GROUPINGS.values(), ids=GROUPINGS)
-def test_every_tensor_is_compared_at_its_first_read_and_then_at_least_once_in_every_n(home: DiskHome, groups) -> None:
+def test_every_tensor_is_compared_at_its_first_read_and_then_at_least_once_in_every_n(
+    home: VersionHome, groups
+) -> None:
     found = compared_at(home, 10 * CHECK_EVERY * len(groups), groups)
     for name, reads in found.items():
         assert reads[0] == 0, name
@@ -201,7 +203,7 @@ def test_every_tensor_is_compared_at_its_first_read_and_then_at_least_once_in_ev
         assert gaps[1:] == [CHECK_EVERY] * len(gaps[1:]), f"not more often than promised: {name}: {reads}"
 
 
-def test_tensors_take_turns_so_that_no_read_compares_much_more_than_another(home: DiskHome) -> None:
+def test_tensors_take_turns_so_that_no_read_compares_much_more_than_another(home: VersionHome) -> None:
     found = compared_at(home, 4 * CHECK_EVERY, [UNIT.tensors])
     later = [number for reads in found.values() for number in reads[1:]]
     assert len(later) == len(set(later)), "no two tensors of this unit at once"
@@ -241,14 +243,14 @@ def test_a_bit_that_flips_later_is_refused_within_n_reads_naming_file_unit_and_t
         home.close()
 
 
-def test_a_bit_that_flipped_before_the_first_read_is_refused_at_once_and_always(home: DiskHome) -> None:
+def test_a_bit_that_flipped_before_the_first_read_is_refused_at_once_and_always(home: VersionHome) -> None:
     home._fs.flip_bit(UNIT.name, 5)  # type: ignore[attr-defined]
     for _ in range(3):
         with pytest.raises(StoreCorrupt):
             read(home, check_all=False)
 
 
-def test_a_file_that_somebody_cuts_is_an_error_with_a_path(home: DiskHome) -> None:
+def test_a_file_that_somebody_cuts_is_an_error_with_a_path(home: VersionHome) -> None:
     os.truncate(home._path, 100)
     with pytest.raises(ShortRead, match=f"{home._path} ended too early"):
         read(home)
@@ -257,7 +259,7 @@ def test_a_file_that_somebody_cuts_is_an_error_with_a_path(home: DiskHome) -> No
 # -- what somebody wrote into the view
 
 
-def test_what_was_written_into_the_view_is_brought_and_told(home: DiskHome) -> None:
+def test_what_was_written_into_the_view_is_brought_and_told(home: VersionHome) -> None:
     wanted = stored(home)
     home.map[3:30_000] ^= 255
     wanted[3:30_000] ^= 255
@@ -280,7 +282,7 @@ def test_without_a_view_or_without_writes_to_it_nothing_is_told(tmp_path: Path) 
         home.close()
 
 
-def test_damage_is_not_taken_for_what_somebody_wrote(home: DiskHome) -> None:
+def test_damage_is_not_taken_for_what_somebody_wrote(home: VersionHome) -> None:
     """A difference between file and view is the user's only if the file is sound: all of it is compared."""
     read(home, check_all=False)
     assert home.map is not None

@@ -294,7 +294,6 @@ def test_a_device_map_is_refused_because_the_store_places_parameters(tmp_path: P
         ("gguf_file", "x.gguf"),
         ("disable_mmap", True),
         ("output_loading_info", True),
-        ("quantization_config", hf.BitsAndBytesConfig(load_in_8bit=True)),
         ("load_in_4bit", True),
         ("use_safetensors", False),
     ],
@@ -309,8 +308,10 @@ def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="adapters on quantised bases come with a later release"):
+    with pytest.raises(UnsupportedError, match=r"is quantised .* Train an adapter on it"):
         loaded(folder)
+    with pytest.raises(UnsupportedError, match=r"is quantised .* Train an adapter on it"):
+        loaded(saved(tmp_path / "other", llama), quantization_config=hf.BitsAndBytesConfig(load_in_8bit=True))
 
 
 def test_an_adapter_folder_is_refused(tmp_path: Path) -> None:

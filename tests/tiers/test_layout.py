@@ -172,11 +172,33 @@ def test_small_trainable_parts_of_frozen_blocks_stay_on_the_device():
         assert not any(segment.is_trainable for segment in streamed), "the frozen remainder is never written"
 
 
-def test_a_block_that_is_mostly_trainable_stays_one_unit():
+def test_both_parts_of_a_block_that_is_mostly_trainable_are_streamed():
     model = toy()
     for layer in model.layers:
         layer.norm.requires_grad_(False)
     assert {unit.kind for unit in plan_layout(model).units} == {"rest", "block"}
+
+
+@pytest.mark.parametrize("part", ["norm", "up", "embed", "layers.1", "bias", "layers.2.up.weight"])
+def test_what_is_frozen_never_shares_a_unit_with_what_is_trained(part):
+    model = toy()
+    model.layers[2].up.weight = model.layers[0].up.weight  # a shared unit
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part not in name)
+    for leaf_blocks in [(), "all"]:
+        layout = plan_layout(model, leaf_blocks=leaf_blocks)
+        check(model, layout)
+        assert all(len({tensor.trainable for tensor in unit.tensors}) == 1 for unit in layout.units)
+
+
+def test_parameters_keep_their_numbers_when_a_parametrisation_moves_them_in_their_module():
+    model = toy()
+    order = [name for name, _ in model.named_parameters()]
+    digest = plan_layout(model).digest()
+    norm = model.layers[0].norm
+    weight = norm._parameters.pop("weight")
+    norm.register_parameter("weight", weight)
+    assert plan_layout(model).digest() != digest == plan_layout(model, order=order).digest()
 
 
 def test_a_fully_frozen_model_has_nothing_to_train():

@@ -91,21 +91,6 @@ def test_a_home_shows_the_adopted_tensors_and_zero_padding(rig):
             assert torch.count_nonzero(padding) == 0
 
 
-@pytest.mark.parametrize("name", TIERS)
-def test_frozen_segments_keep_their_bytes_when_only_trainable_ones_are_written(tmp_path, name):
-    rig = Rig(name, tmp_path, frozen="norm")
-    unit = rig.units[0]
-    before = rig.tier.view(unit).clone()
-    answers = [rig.write(segment, 7, 1) for segment in rig.segments(unit) if segment.is_trainable]
-    assert answers[-1] is True
-    for segment in rig.segments(unit):
-        part = slice(segment.byte_start, segment.byte_start + segment.n_bytes)
-        assert torch.equal(
-            rig.read(segment), torch.full_like(before[part], 7) if segment.is_trainable else before[part]
-        )
-    rig.tier.close()
-
-
 @pytest.mark.parametrize("backwards", [False, True])
 def test_written_segments_become_the_home_with_the_last_of_them(rig, backwards):
     unit = rig.units[1]

@@ -1,4 +1,4 @@
-"""The `zo2trl` command: look into stores, turn them and pickled checkpoints into model folders, describe the machine.
+"""The `zo2trl` command: train, plan, look into stores, turn them and pickled checkpoints into model folders.
 
 Does not: do any work itself, or import torch before a subcommand needs it.
 Invariant: an error made for users is one line on stderr and exit code 2; anything else is our bug and keeps its trace.
@@ -11,19 +11,27 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from zo2trl.cli import store
+from zo2trl.cli import plan, store, training
 from zo2trl.errors import ZO2TRLError
 from zo2trl.versions import package_version
 
 __all__ = ["main"]
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "safetensors", "numpy", "triton")
+PACKAGES = (
+    "torch", "transformers", "trl", "accelerate", "peft", "datasets", "huggingface_hub", "safetensors", "numpy",
+    "greenlet", "triton", "bitsandbytes", "torchao", "deepspeed",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse exits by itself on `--help`, `--version` and bad usage)."""
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        if argv[:1] and argv[0] in training.COMMANDS:  # whose arguments TRL's parser reads
+            return training.run(argv[0], argv[1:])
+        if argv[:1] == ["plan"]:
+            return plan.run(argv[1:])
+        arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
     except ZO2TRLError as error:
@@ -49,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("destination", type=Path, metavar="DST", help="folder to make; must not hold anything yet")
     convert.set_defaults(run=_convert)
 
+    training.add_commands(commands)
+    commands.add_parser(
+        "plan", add_help=False, help="say what a training would move, hold and take: MODEL and arguments of `sft`"
+    )
     store.add_commands(commands)
     env = commands.add_parser("env", help="print versions, devices, memory and disk space for a bug report")
     env.set_defaults(run=_env)
@@ -83,6 +95,16 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "memory", f"{format_bytes(memory.total)}, {format_bytes(memory.available)} available"
     here = Path.cwd()
     yield "disk", f"{format_bytes(LOCAL.free_bytes(here))} free at {here}"
+    yield "accelerate config", _accelerate_config()
+
+
+def _accelerate_config() -> str:
+    """The one that `accelerate launch` takes where none is named: a frequent cause of surprises."""
+    from accelerate.commands.config import default_config_file, load_config_from_file
+
+    if not Path(default_config_file).is_file():
+        return "not found"
+    return ", ".join(f"{name}={value}" for name, value in load_config_from_file(None).to_dict().items())
 
 
 def _devices() -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zo2trl.tiers.stored_run import Moment
     from zo2trl.zo.records import Record
 
-__all__ = ["add_commands"]
+__all__ = ["add_commands", "be_quiet"]
 
 _MARKER = "zo_checkpoint.json"
 _ROWS_AT_ONCE = 500
@@ -66,7 +66,7 @@ def add_commands(commands: Any) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     from zo2trl.tiers.verify import Severity, verify_store
 
-    _be_quiet()
+    be_quiet()
     store = arguments.store
     checkpoints = list(arguments.checkpoint)
     if (store / _MARKER).is_file():
@@ -105,7 +105,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
     from zo2trl.tiers.export import export_store
 
-    _be_quiet()
+    be_quiet()
     source, moment = arguments.source, None
     if (source / _MARKER).is_file():
         if arguments.step is not None:
@@ -235,7 +235,7 @@ def _progress(title: str, *, shown: bool = True) -> Iterator["Progress"]:
         yield tell
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """transformers' and accelerate's own bars and advice would run into ours."""
     from logging import ERROR, getLogger
 

@@ -5,14 +5,13 @@ that runs holds its own intermediates, but only one pass runs at a time.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from zo2trl.engine.deferred import CHUNK_ROWS
 from zo2trl.tiers.machine import free_device_bytes
-from zo2trl.tiers.store import TieredStore
 
 __all__ = ["activation_bytes", "n_tokens", "passes_per_march"]
 
@@ -24,14 +23,21 @@ FREE_SHARE = 0.5  # of the free memory: the running block and the head need the 
 MAX_PASSES = 256
 
 
-def passes_per_march(
-    store: TieredStore, model: nn.Module, inputs: Mapping[str, Any], *, room: int | None = None
-) -> int:
+class OnDevice(Protocol):
+    """What says where forwards run: a store, or the options that one is opened with."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where."""
+        ...
+
+
+def passes_per_march(place: OnDevice, model: nn.Module, inputs: Mapping[str, Any], *, room: int | None = None) -> int:
     """An upper bound on passes for one march, from the shape of one micro-batch; at least 1.
 
     `room`: bytes of the device that weights can leave to activations, if they are fewer than are free.
     """
-    free = free_device_bytes(store.device)
+    free = free_device_bytes(place.device)
     room = free if room is None else min(room, free)
     held = HELD_STATES * _state_bytes(model, inputs)
     return min(max(int(room * FREE_SHARE) // max(held, 1), 1), MAX_PASSES)

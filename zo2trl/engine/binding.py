@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from zo2trl.errors import MarchError
 from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit, VisitPoint
 from zo2trl.tiers.store import TieredStore
-from zo2trl.tiers.tier import carve, tensor_view
+from zo2trl.tiers.tier import carve
 
 __all__ = ["Around", "Binding", "Forward"]
 
@@ -99,13 +99,15 @@ class Binding:
         self._resting.clear()
 
     def rest_point(self, point: VisitPoint) -> None:
-        """End of a visit outside any march."""
+        """End of a visit outside any march. What the forward itself did to versions (a parametrisation that is put on
+        and taken off again counts as a change) is no change of weights."""
         for segment in point.segments:
             held = {spec.tensor_id for spec in segment.tensors}
             views = zip(segment.unit.tensors, self._home_views(segment.unit.index), strict=True)
             for spec, (parameter, view) in views:
                 if spec.tensor_id in held:
                     parameter.data = self._resting[spec.tensor_id] = view
+                    self._seen_versions[spec.tensor_id] = parameter._version
 
     def note_versions(self) -> None:
         """Take the parameters' values for known."""
@@ -212,13 +214,15 @@ class Binding:
         return views
 
     def _home_views(self, unit_index: int) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        unit = self.layout.units[unit_index]
-        buffer, version = self._store.view(unit)
-        known = self._rest_views.get(unit_index)
-        if known is None or known[0] != version:
-            views = [(self._parameters[spec.tensor_id], tensor_view(buffer, spec)) for spec in unit.tensors]
-            known = self._rest_views[unit_index] = (version, views)
-        return known[1]
+        unit, known = self.layout.units[unit_index], self._rest_views.get(unit_index)
+        found = self._store.tensors(unit, unless_version=known and known[0])
+        if found is None:
+            assert known is not None
+            return known[1]
+        parameters = (self._parameters[spec.tensor_id] for spec in unit.tensors)
+        views = list(zip(parameters, found[0], strict=True))
+        self._rest_views[unit_index] = (found[1], views)
+        return views
 
     @cached_property
     def _poisons(self) -> dict[int, torch.Tensor]:

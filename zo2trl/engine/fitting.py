@@ -52,7 +52,7 @@ class DeviceFit:
         """See `activations.passes_per_march`; never fewer than a micro-batch has probes."""
         engine = self._engine
         most = passes_per_march(engine.store, engine.model, inputs, room=self._room())
-        return max(most, len(engine.estimator.probes()))
+        return max(most, len(engine.probes))
 
     def before_steps(self, loss: Callable[[], Any], inputs: Mapping[str, Any], *, n_passes: int) -> bool:
         """Make sure that a march of so many passes over such a micro-batch fits; whether anything changed.
@@ -95,7 +95,7 @@ class DeviceFit:
 
     def _note_tokens(self, token_passes: int) -> None:
         """What a step computes decides what device memory is best used for; the largest step so far counts."""
-        tokens = max(token_passes // (2 * self._options.num_directions), 1)
+        tokens = max(token_passes // len(self._engine.probes), 1)
         if not self._is_settled or tokens > self._options.tokens_per_step:
             self._options = replace(self._options, tokens_per_step=tokens)
 
@@ -139,5 +139,5 @@ class DeviceFit:
         """Bytes that the march of a step takes beside what the placement counts."""
         engine, device = self._engine, self._options.device
         torch.cuda.reset_peak_memory_stats(device)
-        engine.rehearse([loss] * max(n_passes // len(engine.estimator.probes()), 1))
+        engine.rehearse([loss] * max(n_passes // len(engine.probes), 1))
         return max(torch.cuda.max_memory_allocated(device) - engine.store.placement.device_bytes, 0)

@@ -12,7 +12,7 @@ Invariant: when `march` returns or raises, no pass is suspended and the caller's
 import contextvars
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -21,11 +21,27 @@ from torch.overrides import TorchFunctionMode
 
 from zo2trl.zo.estimators import Probe
 
-__all__ = ["Pass", "PassAborted", "current_pass", "march"]
+__all__ = ["Pass", "PassAborted", "PassLocal", "current_pass", "march"]
 
 
 class PassAborted(BaseException):
     """Thrown into suspended passes when another one failed; not an Exception, so that model code lets it through."""
+
+
+class PassLocal(Protocol):
+    """Something about a model that code in a pass may change for a while, and that other passes must not see changed.
+
+    Which adapters are switched on, say: a loss that switches them off is suspended many times before it switches them
+    on again.
+    """
+
+    def get(self) -> Any:
+        """What it is now; cheap, and comparable with `==`."""
+        ...
+
+    def set(self, value: Any) -> None:
+        """Make it what `get` returned."""
+        ...
 
 
 class _Modes:
@@ -68,7 +84,9 @@ class Pass(greenlet):
         value: what `run` returned.
     """
 
-    def __init__(self, run: Callable[[], Any], probe: Probe, *, first_point: int) -> None:
+    def __init__(
+        self, run: Callable[[], Any], probe: Probe, *, first_point: int, pass_locals: Sequence[PassLocal] = ()
+    ) -> None:
         super().__init__(self._finish)
         self.gr_context = contextvars.copy_context()  # libraries record outputs through context variables
         self.probe = probe
@@ -77,6 +95,7 @@ class Pass(greenlet):
         self.value: Any = None
         self._run = run
         self._modes: _Modes | None = None
+        self._locals = [(local, local.get()) for local in pass_locals]
         self._outside: Any = None  # guard that suspends an inference mode the pass is in
 
     def wait_for(self, point: int) -> None:
@@ -103,9 +122,13 @@ class Pass(greenlet):
             _exit_inference_mode(self._outside)
             self._outside = None
         (self._modes or outer).restore()
+        for local, value in self._locals:
+            if local.get() != value:
+                local.set(value)
 
     def _leave(self, outer: _Modes) -> None:
         self._modes = _Modes()
+        self._locals = [(local, local.get()) for local, _ in self._locals]
         torch.clear_autocast_cache()  # also when autocast is off by now: its own exit only clears the outermost level
         if torch.is_inference_mode_enabled() != outer.inference:
             self._outside = _enter_inference_mode(outer.inference)
@@ -123,12 +146,15 @@ def current_pass() -> Pass | None:
     return here
 
 
-def march(passes: Sequence[Pass], serve: Callable[[int, list[Pass]], None]) -> list[Any]:
+def march(
+    passes: Sequence[Pass], serve: Callable[[int, list[Pass]], None], *, pass_locals: Sequence[PassLocal] = ()
+) -> list[Any]:
     """Run passes to their ends; values in order.
 
     `serve(point, waiting)` must resume every pass in `waiting` once. It is called with the point awaited by the pass
     with the fewest visits, so passes of different lengths (generation, say) are all served.
     """
+    before = [local.get() for local in pass_locals]
     try:
         while live := [p for p in passes if p.awaiting is not None]:
             point = min(live, key=lambda p: p.visits).awaiting
@@ -137,6 +163,9 @@ def march(passes: Sequence[Pass], serve: Callable[[int, list[Pass]], None]) -> l
     finally:
         for p in passes:
             _abort(p)
+        for local, value in zip(pass_locals, before, strict=True):
+            if local.get() != value:
+                local.set(value)
     return [p.value for p in passes]
 
 

@@ -6,24 +6,27 @@ Does not: run a step. Everything that can be refused is refused here, before a b
 import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
 
+from zo2trl.engine.joining import agree_on_run, join_runs
+from zo2trl.engine.ranks import ALONE, Ranks
 from zo2trl.engine.runs import Mode, Run, open_run
 from zo2trl.engine.step import Engine
 from zo2trl.errors import BudgetError, ConfigError, StoreForeign
 from zo2trl.tiers.folder import StoreFolder
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.layout import Layout, plan_layout
-from zo2trl.tiers.model_files import describe_model
+from zo2trl.tiers.model_files import describe_model, is_saved_as_adapter
 from zo2trl.tiers.pace import Pace, Work
 from zo2trl.tiers.placement import Budgets, Placement, TierName, place, place_again
+from zo2trl.tiers.quantised import quantised_digest
 from zo2trl.tiers.rhythm import Rhythm
 from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import TwoSidedSPSA
@@ -72,6 +75,7 @@ class EngineOptions:
         max_replay_s: about how long replaying steps may take when a run is continued.
         sync_every: steps between two syncs of the journal.
         describe: writes into a folder what the caller wants exported besides weights.
+        ranks: the processes that make the run together, each with a `store_dir` of its own.
     """
 
     budgets: Budgets
@@ -92,6 +96,7 @@ class EngineOptions:
     max_replay_s: float = 600.0
     sync_every: int = 1
     describe: Callable[[Path], None] = field(default=lambda folder: None, compare=False)
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +113,7 @@ def plan_again(model: nn.Module, options: EngineOptions, *, homes: Placement, le
     Raises:
         BudgetError: see `place_again`.
     """
-    layout = plan_layout(
-        model, decay_names=options.decay_names, dtypes=options.dtypes, leaf_blocks=frozenset(leaf_blocks)
-    )
+    layout = _layout_of(model, options)(leaf_blocks=frozenset(leaf_blocks))
     return Plan(layout=layout, placement=place_again(layout, homes, options.budgets))
 
 
@@ -120,7 +123,7 @@ def plan_engine(model: nn.Module, options: EngineOptions) -> Plan:
     Raises:
         BudgetError: the budgets cannot hold one step at any allowed granularity.
     """
-    lay_out = partial(plan_layout, model, decay_names=options.decay_names, dtypes=options.dtypes)
+    lay_out = _layout_of(model, options)
     by_block, by_leaf = lay_out(), partial(lay_out, leaf_blocks="all")
     if options.budgets.device == "min" and options.granularity != "block":
         return Plan(layout=(layout := by_leaf()), placement=place_units(layout, options))
@@ -136,6 +139,16 @@ def plan_engine(model: nn.Module, options: EngineOptions) -> Plan:
     return Plan(layout=by_block, placement=homes)
 
 
+def _layout_of(model: nn.Module, options: EngineOptions) -> Callable[..., Layout]:
+    """`plan_layout` of a model whose parameters keep the numbers they had when it was first laid out."""
+    names = [name for name, _ in model.named_parameters()]
+    order = _orders_of_models.get(model, names)
+    if set(order) != set(names):
+        order = names
+    _orders_of_models[model] = order
+    return partial(plan_layout, model, decay_names=options.decay_names, dtypes=options.dtypes, order=order)
+
+
 def open_engine(model: nn.Module, options: EngineOptions, *, mode: Mode = "begin", fs: FS = LOCAL) -> Engine:
     """Move a model's parameters into a store and hook its forwards.
 
@@ -146,12 +159,17 @@ def open_engine(model: nn.Module, options: EngineOptions, *, mode: Mode = "begin
     Raises:
         BudgetError, ConfigError: see `plan_engine` and `make_noise`.
         StoreError: the store's folder is foreign, locked, damaged, unwritable or too small.
+        ConfigError, ParallelError: the processes of `options.ranks` do not open the same run.
     """
     plan = plan_engine(model, options)
     noise, seeds = _make_noise(plan.layout, options)
     rounding = options.rounding or _default_rounding(plan.layout)
     rule = UpdateRule(noise=noise, rounding=rounding, update_along=options.update_along)
     run = _run_of(plan, options, rule=rule, model=model)
+    ranks = ALONE if mode == "read" else options.ranks
+    run = replace(
+        run, store_id=agree_on_run(ranks, header=run.header(), choices=_choices(options), store_id=run.store_id)
+    )
     _close_earlier_engines(options.store_dir, model)
     with ExitStack() as undo:
         folder = _open_folder(model, plan, options, mode=mode, fs=fs)
@@ -160,12 +178,20 @@ def open_engine(model: nn.Module, options: EngineOptions, *, mode: Mode = "begin
         source: Source = lambda spec: named[spec.name].detach().to(spec.dtype)  # noqa: E731
         store = open_run(folder, run, source, mode=mode, fs=fs)
         undo.callback(store.close)
+        join_runs(ranks, store)
         _move_buffers(model, options.device)
         estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
-        engine = Engine(model, store, estimator=estimator, seeds=seeds)
+        engine = Engine(model, store, estimator=estimator, seeds=seeds, ranks=ranks)
         undo.pop_all()
     _open_engines[options.store_dir.resolve()] = engine
     return engine
+
+
+def _choices(options: EngineOptions) -> dict[str, Any]:
+    """What makes a step and is in no header."""
+    return {
+        "zo_eps": options.zo_eps, "num_directions": options.num_directions, "parallelism": options.ranks.parallelism,
+    }  # fmt: skip
 
 
 def has_run(store_dir: Path, *, fs: FS = LOCAL) -> bool:
@@ -175,6 +201,7 @@ def has_run(store_dir: Path, *, fs: FS = LOCAL) -> bool:
 
 _open_engines: WeakValueDictionary[Path, Engine] = WeakValueDictionary()
 _layouts_of_models: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_orders_of_models: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 def _close_earlier_engines(store_dir: Path, model: nn.Module) -> None:
@@ -211,11 +238,12 @@ def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.M
     )
     facts = {
         "direction": options.direction, "decays": sorted(options.decay_names), "seed": options.seed,
+        "quantised": quantised_digest(model),
     }  # fmt: skip
     return Run(
         layout=plan.layout, placement=plan.placement, rule=rule, rhythm=rhythm, device=options.device, facts=facts,
         base_folder=options.base_folder, sync_every=options.sync_every,
-        describe=partial(_describe, model, also=options.describe),
+        describe=partial(_describe, model, also=options.describe), saves_adapter=is_saved_as_adapter(model),
     )  # fmt: skip
 
 
@@ -244,6 +272,12 @@ def _default_rounding(layout: Layout) -> Rounding:
     return "stochastic" if is_16_bit else "nearest"
 
 
+def _n_probes(options: EngineOptions) -> int:
+    """Of a step, in this process."""
+    estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
+    return len(options.ranks.share(estimator.probes()))
+
+
 def write_back_intervals(layout: Layout, placement: Placement, options: EngineOptions) -> dict[TierName, int]:
     """Steps between two times that a unit's weights are stored at home, by tier.
 
@@ -261,7 +295,7 @@ def pace_of(layout: Layout, options: EngineOptions) -> Pace:
     """How fast steps are with these options, by rates measured once (tiers/pace.py)."""
     trained = layout.trainable_tensors()
     work = Work(
-        token_passes=2 * options.num_directions * options.tokens_per_step, num_directions=options.num_directions,
+        token_passes=_n_probes(options) * options.tokens_per_step, num_directions=options.num_directions,
         itemsize=min((tensor.dtype.itemsize for tensor in trained), default=4), direction=options.direction,
         rounding=options.rounding or _default_rounding(layout),
         trained_share=sum(tensor.n_bytes for tensor in trained) / max(layout.n_bytes, 1),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 __all__ = ["fp32_heads", "output_embeddings"]
 
@@ -37,11 +38,9 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
             yield from (child for name, child in module.named_children() if name != prefix)
 
 
-def _transformers_models(model: nn.Module) -> Iterator[Any]:
-    modules: Iterator[Any] = model.modules()
-    for module in modules:
-        if getattr(module, "base_model_prefix", None) is not None and hasattr(module, "get_output_embeddings"):
-            yield module
+def _transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    # By class: a PEFT wrapper answers for the attributes of what it wraps, and has children of its own beside it.
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _widen(module: nn.Module, inputs: Any, output: Any) -> Any:

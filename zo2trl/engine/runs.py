@@ -6,9 +6,9 @@ Does not: plan, or run steps. What cannot work is refused before a byte is moved
 import logging
 import platform
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +25,10 @@ from zo2trl.tiers.fs import FS
 from zo2trl.tiers.gpu import DeviceTier
 from zo2trl.tiers.homes import Homes
 from zo2trl.tiers.journal import Journal
-from zo2trl.tiers.layout import Layout, Unit
+from zo2trl.tiers.layout import Layout, Unit, trained_part
 from zo2trl.tiers.layout_file import base_digest, read_layout, write_layout
 from zo2trl.tiers.logbook import Logbook
+from zo2trl.tiers.original_files import OriginalFiles
 from zo2trl.tiers.placement import Placement, TierName
 from zo2trl.tiers.rhythm import Rhythm
 from zo2trl.tiers.store import TieredStore
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 Mode = Literal["begin", "continue", "read"]
 BLOCK_BYTES = 4096  # of file systems
 SMALL_FILES_BYTES = 1 << 20  # journal, logbook, descriptions; a million steps take 64 times as much
-_TRACED = ("layout", "noise", "rule", "rounding", "codec", "decays", "seed")
+_TRACED = ("layout", "noise", "rule", "rounding", "codec", "decays", "seed", "quantised")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class Run:
         base_folder: the checkpoint that the weights come from, bit for bit; None: keep a copy of them.
         sync_every: steps between two syncs of the journal.
         describe: writes what an exported folder holds besides weights.
+        saves_adapter: frozen weights are no part of an exported folder.
+        store_id: names the run, if it is a new one; the stores of several processes that make one run share it.
     """
 
     layout: Layout
@@ -72,6 +75,16 @@ class Run:
     base_folder: str | None
     sync_every: int
     describe: Callable[[Path], None]
+    saves_adapter: bool = False
+    store_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def kept_frozen(self) -> set[int]:
+        """Indices of units that are written once although they are frozen: what is left of partly trained ones, if an
+        exported folder needs it and no checkpoint is known to hold it."""
+        if self.base_folder is not None or self.saves_adapter:
+            return set()
+        trained = {unit.name for unit in self.layout.units if unit.is_trained}
+        return {unit.index for unit in self.layout.units if trained_part(unit.name) in trained}
 
     def header(self) -> dict[str, Any]:
         """The journal's header, but for what founding finds out."""
@@ -124,15 +137,17 @@ def _begin(folder: StoreFolder, run: Run, source: Source, *, undo: ExitStack, fs
             "and pass `resume_from_checkpoint=True`. With the first new step only its journal is kept.",
             folder.path, n_steps,
         )  # fmt: skip
-    _check_disk_space(run, folder, fs)
+    originals = OriginalFiles(fs=fs)
+    found = _found_in(originals, run, source)
+    _check_disk_space(run, folder, fs, found=found)
     files = UnitFiles(folder.units, fs=fs)
-    homes = _make_homes(run, files, fs=fs)
+    homes = _make_homes(run, files, originals=originals, fs=fs)
     undo.callback(homes.close)
-    crcs = homes.found(source, keep_base=run.base_folder is None)
+    crcs = homes.found(source, keep_base=run.base_folder is None, kept_frozen=run.kept_frozen())
     write_layout(folder.layout, run.layout, crcs, fs=fs)
     run.describe(folder.model)
     fs.sync_tree(folder.model)
-    header = {**run.header(), "store": uuid.uuid4().hex, "base": base_digest(run.layout, crcs)}
+    header = {**run.header(), "store": run.store_id, "base": base_digest(run.layout, crcs)}
     journal = Journal.create(
         folder.journal, header=header, units=files.founding, fs=fs, sync_every=run.sync_every
     )  # fmt: skip
@@ -153,15 +168,17 @@ def _continue(
         raise StoreForeign(problem)
     files = UnitFiles(folder.units, fs=fs)
     files.attach(journal, run.layout.units)
+    originals = OriginalFiles(fs=fs)
+    found = _found_in(originals, run, source)
     if read_only:
-        run = replace(run, placement=_in_memory_unless_filed(run, files))
+        run = replace(run, placement=_in_memory_unless_filed(run, files, found=found))
     else:
         if journal.records:
             folder.drop_earlier_run()  # a crash may have come between this run's first step and that
-        _check_disk_space(run, folder, fs, there=files)
+        _check_disk_space(run, folder, fs, found=found, there=files)
         for name in files.sweep(run.layout.units):
             logger.info("%s is removed: no record of the journal names it.", folder.units / name)
-    homes = _make_homes(run, files, fs=fs, read_only=read_only)
+    homes = _make_homes(run, files, originals=originals, fs=fs, read_only=read_only)
     undo.callback(homes.close)
     homes.restore(source, base_crcs=stored.base_crcs, has_base=run.base_folder is not None)
     return homes, journal
@@ -170,10 +187,10 @@ def _continue(
 def _refuse_other_run(found: Mapping[str, Any], run: Run, folder: StoreFolder) -> None:
     wanted = run.header()
     for name in _TRACED:
-        if found.get(name) != wanted[name]:
+        if found.get(name) != wanted.get(name):
             raise StoreForeign(
                 f"The run in {folder.path} cannot be continued bit for bit: its {name} is {_short(found.get(name))}, "
-                f"and would now be {_short(wanted[name])}. Use the arguments and the model it was begun with, or "
+                f"and would now be {_short(wanted.get(name))}. Use the arguments and the model it was begun with, or "
                 "start anew with another `store_dir`."
             )
 
@@ -183,33 +200,41 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _in_memory_unless_filed(run: Run, files: UnitFiles) -> Placement:
+def _found_in(originals: OriginalFiles, run: Run, source: Source) -> set[int]:
+    """Units that need no copy on disk, because they can be read from the files they were loaded from."""
+    kept = run.kept_frozen()
+    return {unit.index for unit in run.layout.units if unit.index not in kept and originals.note(unit, source)}
+
+
+def _in_memory_unless_filed(run: Run, files: UnitFiles, *, found: Collection[int]) -> Placement:
     """Without writing, a unit of the disk tier that has no file yet lives in memory."""
     tiers: dict[int, TierName] = {
-        unit.index: "cpu" if tier == "disk" and files.newest(unit) is None else tier
+        unit.index: "cpu" if tier == "disk" and files.newest(unit) is None and unit.index not in found else tier
         for unit in run.layout.units
         for tier in (run.placement.tier_of[unit.index],)
     }
     return replace(run.placement, tier_of=tiers)
 
 
-def _make_homes(run: Run, files: UnitFiles, *, fs: FS, read_only: bool = False) -> Homes:
+def _make_homes(run: Run, files: UnitFiles, *, originals: OriginalFiles, fs: FS, read_only: bool = False) -> Homes:
     in_cpu = [run.layout.units[index] for index in run.placement.units_in("cpu")]
     tiers = Tiers(
         gpu=DeviceTier(run.device, [unit for unit in run.layout.units if unit.is_resident]),
         cpu=HostTier(in_cpu, pinned=run.device.type == "cuda"),
-        disk=DiskTier(files, keep_base=run.base_folder is None, fs=fs),
+        disk=DiskTier(files, keep_base=run.base_folder is None, originals=originals, fs=fs),
     )
     return Homes(run.layout, run.placement, tiers=tiers, files=files, device=run.device, read_only=read_only)
 
 
-def _check_disk_space(run: Run, folder: StoreFolder, fs: FS, *, there: UnitFiles | None = None) -> None:
+def _check_disk_space(
+    run: Run, folder: StoreFolder, fs: FS, *, found: Collection[int], there: UnitFiles | None = None
+) -> None:
     """Homes on disk, the copy of the first weights, a snapshot of every unit in memory, and two drafts beside them."""
-    needed = 0
+    needed, kept = 0, run.kept_frozen()
     drafts = [0]
     for unit in run.layout.units:
         on_disk = run.placement.tier_of[unit.index] == "disk"
-        if unit.is_trained or on_disk:
+        if unit.is_trained or unit.index in kept or (on_disk and unit.index not in found):
             files = 1 + (unit.is_trained and run.base_folder is None)
             needed += (files - len(there.versions(unit) if there else ())) * _file_bytes(unit)
         drafts.append(_file_bytes(unit) if unit.is_trained else 0)

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from zo2trl.engine.audit import Audit, exchange_losses
 from zo2trl.engine.binding import Binding, Forward
 from zo2trl.engine.displacing import Displacer
-from zo2trl.engine.lockstep import Pass, current_pass, march
+from zo2trl.engine.lockstep import Pass, PassLocal, current_pass, march
+from zo2trl.engine.ranks import ALONE, Ranks
 from zo2trl.errors import LossPrecisionError, MarchError, TrainingDiverged
 from zo2trl.tiers.interrupts import let_interrupts_in, uninterrupted
 from zo2trl.tiers.layout import Layout, VisitPoint
@@ -55,25 +57,39 @@ class Engine:
         store: has adopted the model's weights; closed by `shutdown`.
         estimator: chooses probes and turns losses into slopes.
         seeds: step number -> the step's seed.
+        ranks: the processes that make the steps together, each with a store of its own.
     """
 
     def __init__(
-        self, model: nn.Module, store: TieredStore, *, estimator: TwoSidedSPSA, seeds: Callable[[int], int]
+        self,
+        model: nn.Module,
+        store: TieredStore,
+        *,
+        estimator: TwoSidedSPSA,
+        seeds: Callable[[int], int],
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.store, self.estimator = model, store, estimator
+        self.model, self.store, self.estimator, self.ranks = model, store, estimator, ranks
         self._seeds = seeds
+        self._audit: Audit | None = None  # of the march that is under way, if anybody compares weights
         self._pending: _Pending | None = None
         self._n_skips = _skips_at_end(store.journal.records)
         self.visited: list[int] = []  # indices of the points the last march served, in order
         self._displacer = Displacer(store)
         self._is_poisoned = False  # by the march that goes on
         self.on_shutdown: list[Callable[[], Any]] = []  # what callers did to the model, to be undone
+        self.pass_locals: list[PassLocal] = []  # what every pass has its own of
         self._bind()
 
     def _bind(self) -> None:
         self.binding = Binding(self.model, self.store.layout, self.store)
         self.binding.put_to_rest()
         self.binding.hook(self._around, after_stack=self._after_stack, before_state=self.flush)
+
+    @property
+    def probes(self) -> list[Probe]:
+        """The probes of a step that this process evaluates."""
+        return self.ranks.share(self.estimator.probes())
 
     # -- what callers do
 
@@ -82,27 +98,41 @@ class Engine:
 
         Args:
             losses: one closure a micro-batch; each returns a scalar tensor in fp32 or float64. A probe's loss is
-                their sum. Closures are called once per probe, in `no_grad`.
+                their sum, over all processes. Closures are called once per probe of this process, in `no_grad`.
             step: the optimizer step, which names the directions.
             passes_per_march: micro-batches are split over several marches so that no more passes are alive at once.
+                The same in all processes: losses may gather metrics over them, which they do in the order of passes.
 
         Raises:
             LossPrecisionError: a loss is a 16-bit number.
+            ParallelError: another process has ended, or holds other weights or another journal.
         """
         self._pending = None
-        probes, seed = self.estimator.probes(), self._seeds(step)
+        probes, seed = self.probes, self._seeds(step)
         group = max(passes_per_march // len(probes), 1)
         values: list[torch.Tensor] = []
-        for start in range(0, len(losses), group):
-            values += self._march(
-                [(run, probe) for run in losses[start : start + group] for probe in probes], seed=seed
-            )
+        with self._auditing(step) as audit:
+            for start in range(0, len(losses), group):
+                values += self._march(
+                    [(run, probe) for run in losses[start : start + group] for probe in probes], seed=seed
+                )
         losses_there = _in_fp64(values)
         self._wait_for_device()
-        numbers: list[float] = losses_there.tolist()
-        estimate = self.estimator.combine([_sum(numbers[probe :: len(probes)]) for probe in range(len(probes))])
+        everybody: list[Sequence[float]] = [losses_there.tolist()]
+        if audit is not None:
+            everybody = exchange_losses(self.ranks, everybody[0], step=step, store=self.store, audit=audit)
+        by_probe = self.ranks.by_probe(self.estimator.probes(), everybody)
+        estimate = self.estimator.combine([_sum(numbers) for numbers in by_probe])
         self._pending = _Pending(step, seed, estimate)
         return estimate
+
+    @contextmanager
+    def _auditing(self, step: int) -> Iterator[Audit | None]:
+        self._audit = Audit(self.store.layout, turn=step) if self.ranks.size > 1 else None
+        try:
+            yield self._audit
+        finally:
+            self._audit = None
 
     def commit(
         self,
@@ -140,7 +170,7 @@ class Engine:
 
     def rehearse(self, losses: Sequence[Closure]) -> None:
         """Do what a step does up to its losses, and nothing with them: for those who measure."""
-        self._march([(run, probe) for run in losses for probe in self.estimator.probes()], seed=0)
+        self._march([(run, probe) for run in losses for probe in self.probes], seed=0)
 
     def run_clean(self, closures: Sequence[Closure]) -> list[Any]:
         """Call every closure once on the weights as they are, all in one march; their values in order."""
@@ -201,11 +231,12 @@ class Engine:
             raise MarchError("A march was started from inside another march: a loss closure must only run the model.")
         self._adopt_changes()
         self.visited = []
+        own = self.pass_locals
         self._is_poisoned = False
-        passes = [Pass(run, probe, first_point=REST) for run, probe in runs]
+        passes = [Pass(run, probe, first_point=REST, pass_locals=own) for run, probe in runs]
         with torch.no_grad(), self._saying_what_fills_memory():
             try:
-                values = march(passes, lambda index, waiting: self._serve(index, waiting, seed))
+                values = march(passes, lambda index, waiting: self._serve(index, waiting, seed), pass_locals=own)
             except BaseException:
                 self.store.settle()  # unit versions that this march leaves incomplete are forgotten
                 raise
@@ -237,6 +268,8 @@ class Engine:
         self.visited.append(index)
         probes = list(dict.fromkeys(one.probe for one in waiting))
         with self.store.lend(point) as loans:
+            if self._audit is not None:
+                self._audit.see(loans)
             weights = [loan.weights for loan in loans]
             for round_ in self._displacer.rounds(loans, probes, seed=seed):
                 if not self._is_poisoned:  # only now: the device has waited for its first work since the last march

@@ -14,7 +14,7 @@ import torch
 from zo2trl.errors import StoreError
 from zo2trl.tiers.layout import Segment, Unit
 from zo2trl.tiers.readers import aligned_bytes
-from zo2trl.tiers.tier import Pieces, Source, copy_pieces, tensor_view
+from zo2trl.tiers.tier import Pieces, Source, copy_pieces, tensor_view, tensor_views
 
 __all__ = ["HostTier", "pin", "unpin"]
 
@@ -97,6 +97,10 @@ class HostTier:
     def view(self, unit: Unit) -> torch.Tensor:
         """The buffer itself."""
         return self._buffers[unit.index]
+
+    def tensors(self, unit: Unit) -> list[torch.Tensor]:
+        """Views of the buffer."""
+        return tensor_views(self.view(unit), unit)
 
     def drop(self, unit: Unit) -> None:
         """Unpin the unit's buffer, which no copy may use any more, and free it as soon as no view of it is left."""

@@ -1,4 +1,6 @@
-"""Disk tier: the newest version of a unit's file is its home, read with pread and mapped for those who look at it.
+"""Disk tier: units in files, read with pread and mapped for those who look at them.
+
+A unit's home is the newest version of its file; that of a frozen one may be in other files (original_files.py).
 
 Never written through a map: a full disk under a writable map kills the process, under pwrite it is an error. And never
 read through one by the engine: a drive that fails, or a file that somebody cuts, is an error too, not a SIGBUS.
@@ -12,9 +14,10 @@ Invariants:
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,32 +27,57 @@ from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.journal import UnitRecord
 from zo2trl.tiers.layout import Segment, TensorSpec, Unit
 from zo2trl.tiers.spans import spanned
-from zo2trl.tiers.tier import Source, host_bytes
+from zo2trl.tiers.tier import Pieces, Source, host_bytes, tensor_views
 from zo2trl.tiers.unit_files import Draft, UnitFiles, check_crc
 
-__all__ = ["CHECK_EVERY", "DiskHome", "DiskReading", "DiskTier"]
+__all__ = ["CHECK_EVERY", "DiskHome", "DiskReading", "DiskTier", "Originals", "VersionHome"]
 
 CHECK_EVERY = 16
 
 
 class DiskHome:
-    """One published version. It stays readable while anybody holds this object, also when its name is gone."""
+    """A unit's bytes in files that nobody writes to. They stay readable while anybody holds this object.
+
+    Args:
+        unit: what is there.
+        crcs: tensor id -> CRC32 of its padded bytes.
+    """
+
+    unit: Unit
+    close: Callable[[], Any]
+    """For when nobody reads any more; else the last user closes it by letting go."""
 
     _ages: dict[int, int]  # tensor id -> reads since it was last compared; not there: it never was
 
-    def __init__(self, files: UnitFiles, unit: Unit, record: UnitRecord, *, fs: FS = LOCAL) -> None:
-        self.record, self.unit = record, unit
-        self._fs = fs
-        self._path = files.path(unit, record)
-        self._fds = [files.open(unit, record)]
-        self.close = weakref.finalize(self, _close, fs, self._fds)
-        """For when nobody reads any more; else the last user closes it by letting go."""
-        self._direct = files.open_direct(self._fds[0])
-        if self._direct is not None:
-            self._fds.append(self._direct)
-        self._crcs = files.read_table(unit, record, self._fds[0])
+    def __init__(self, unit: Unit, crcs: Mapping[int, int]) -> None:
+        self.unit, self._crcs = unit, crcs
         self._ages = {}
         self._lock = threading.Lock()
+
+    # -- what a kind of home knows
+
+    def read_at(self, into: memoryview, offset: int, *, directly: bool) -> None:
+        """Bytes of the unit; `directly`: past the page cache where that is possible."""
+        raise NotImplementedError
+
+    @property
+    def is_shown(self) -> bool:
+        """Somebody may hold a view of it, and may have written there: nobody sees that but this process."""
+        raise NotImplementedError
+
+    def shown(self, offset: int, n_bytes: int) -> np.ndarray:
+        """Bytes of the unit as its views have them."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The unit's tensors, copy-on-write, each with a storage of its own."""
+        raise NotImplementedError
+
+    def refuse(self, spec: TensorSpec, *, found: int, expected: int) -> None:
+        """Raise `StoreCorrupt`: a tensor has another CRC32 than it should have."""
+        raise NotImplementedError
+
+    # -- reading
 
     def reading(
         self,
@@ -68,13 +96,13 @@ class DiskHome:
                 then, and read through the page cache as the view is: else damage to one of two copies of the file
                 would pass for what somebody wrote.)
         """
-        beside_view = beside_view and "map" in self.__dict__
+        beside_view = beside_view and self.is_shown
         with self._lock:
             chosen = [spec for spec in tensors if check_all or beside_view or self._is_turn(spec)]
             for spec in tensors:
                 if spec.tensor_id in self._ages:
                     self._ages[spec.tensor_id] += 1
-        return DiskReading(self, tensors, chosen, position=position, shown=self.map if beside_view else None)
+        return DiskReading(self, tensors, chosen, position=position, beside_view=beside_view)
 
     def _is_turn(self, spec: TensorSpec) -> bool:
         return self._ages.get(spec.tensor_id, CHECK_EVERY) + 1 >= CHECK_EVERY
@@ -89,21 +117,61 @@ class DiskHome:
         reading.fill(torch.frombuffer(into, dtype=torch.uint8), 0)
         reading.finish()
 
-    @spanned("disk read", lambda home, *_, **__: home.unit.name)
-    def read_at(self, into: memoryview, offset: int, *, directly: bool) -> None:
-        """Bytes of the file; `directly`: past the page cache where that is possible."""
-        direct = self._direct if directly else None
-        self._fs.read_at(self._fds[0], into, offset, path=self._path, direct=direct)
+    def pieces(self) -> Pieces:
+        """All of the unit, tensor by tensor; see `read`."""
+        for spec in self.unit.tensors:
+            if spec.numel:
+                data = memoryview(bytearray(spec.n_padded_bytes))
+                self.read([spec], data)
+                yield spec.byte_offset, data
 
     def compare(self, found: dict[int, int]) -> None:
         """Tensor id -> CRC32 of what was read. Raises `StoreCorrupt` if one is not what it should be."""
         for number, spec in enumerate(self.unit.tensors):
             if spec.tensor_id in found:
-                crc = found[spec.tensor_id]
-                check_crc(self._path, self.unit, spec, found=crc, expected=self._crcs[spec.tensor_id])
+                crc, expected = found[spec.tensor_id], self._crcs[spec.tensor_id]
+                if crc != expected:
+                    self.refuse(spec, found=crc, expected=expected)
                 with self._lock:
                     phase = 0 if spec.tensor_id in self._ages else (number + self.unit.index) % CHECK_EVERY
                     self._ages[spec.tensor_id] = phase
+
+
+class VersionHome(DiskHome):
+    """One published version of a unit. It stays readable also when its name is gone."""
+
+    def __init__(self, files: UnitFiles, unit: Unit, record: UnitRecord, *, fs: FS = LOCAL) -> None:
+        self._fs = fs
+        self._path = files.path(unit, record)
+        self._fds = [files.open(unit, record)]
+        self.close = weakref.finalize(self, _close, fs, self._fds)
+        self._direct = files.open_direct(self._fds[0])
+        if self._direct is not None:
+            self._fds.append(self._direct)
+        super().__init__(unit, files.read_table(unit, record, self._fds[0]))
+
+    @spanned("disk read", lambda home, *_, **__: home.unit.name)
+    def read_at(self, into: memoryview, offset: int, *, directly: bool) -> None:
+        """See `DiskHome.read_at`."""
+        direct = self._direct if directly else None
+        self._fs.read_at(self._fds[0], into, offset, path=self._path, direct=direct)
+
+    @property
+    def is_shown(self) -> bool:
+        """See `DiskHome.is_shown`."""
+        return "map" in self.__dict__
+
+    def shown(self, offset: int, n_bytes: int) -> np.ndarray:
+        """See `DiskHome.shown`."""
+        return self.map[offset : offset + n_bytes]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """See `DiskHome.tensors`."""
+        return tensor_views(torch.from_numpy(self.map), self.unit)
+
+    def refuse(self, spec: TensorSpec, *, found: int, expected: int) -> None:
+        """See `DiskHome.refuse`."""
+        check_crc(self._path, self.unit, spec, found=found, expected=expected)
 
     @cached_property
     def map(self) -> np.ndarray:
@@ -122,7 +190,7 @@ class DiskReading:
         chosen: Sequence[TensorSpec],
         *,
         position: int,
-        shown: np.ndarray | None,
+        beside_view: bool,
     ) -> None:
         self.position = position
         self.is_checked = len(chosen) == len(tensors)
@@ -130,7 +198,7 @@ class DiskReading:
         self.was_written_to = False
         """Somebody changed the view of these tensors, and this is what they wrote: a copy-on-write map keeps that in
         this process, where reading the file does not see it."""
-        self._home, self._start, self._shown = home, tensors[0].byte_offset, shown
+        self._home, self._start, self._beside_view = home, tensors[0].byte_offset, beside_view
         self._sums = TensorSums(chosen)
 
     def fill(self, into: torch.Tensor, start: int) -> None:
@@ -140,10 +208,10 @@ class DiskReading:
             ShortRead, StoreError: the file was cut meanwhile, or cannot be read.
         """
         data, offset = into.numpy().data, self._start + start
-        self._home.read_at(data, offset, directly=self._shown is None)
+        self._home.read_at(data, offset, directly=not self._beside_view)
         self._sums.add(data, offset)
-        if self._shown is not None:
-            shown, stored = self._shown[offset : offset + len(data)], np.frombuffer(data, np.uint8)
+        if self._beside_view:
+            shown, stored = self._home.shown(offset, len(data)), np.frombuffer(data, np.uint8)
             if not np.array_equal(shown, stored):
                 stored[:] = shown
                 self.was_written_to = True
@@ -153,10 +221,25 @@ class DiskReading:
         self._home.compare(self._sums.crcs())
 
 
-class DiskTier:
-    """Homes of units in versioned files.
+class Originals(Protocol):
+    """What `DiskTier` asks for homes in files that it does not own; see original_files.py."""
 
-    `keep_base`: first versions with trainable tensors are kept for good, because nothing else holds these weights.
+    def home(self, unit: Unit, source: Source) -> DiskHome | None:
+        """A home that holds what `source` gives, byte for byte, if there is one."""
+        ...
+
+    def close(self) -> None:
+        """No home is used any more."""
+        ...
+
+
+class DiskTier:
+    """Homes of units in files.
+
+    Args:
+        files: versions of units.
+        keep_base: first versions with trainable tensors are kept for good, because nothing else holds these weights.
+        originals: finds homes of frozen units in files that are there already; closed with the tier.
     """
 
     name = "disk"
@@ -164,15 +247,31 @@ class DiskTier:
     _homes: dict[int, DiskHome]
     _drafts: dict[int, Draft]
 
-    def __init__(self, files: UnitFiles, *, keep_base: bool = False, fs: FS = LOCAL) -> None:
-        self._files, self._fs, self._keep_base = files, fs, keep_base
+    def __init__(
+        self,
+        files: UnitFiles,
+        *,
+        keep_base: bool = False,
+        originals: Originals | None = None,
+        fs: FS = LOCAL,
+    ) -> None:
+        self._files, self._fs, self._keep_base, self._originals = files, fs, keep_base, originals
         self._homes = {}
         self._drafts = {}
 
     def adopt(self, unit: Unit, source: Source) -> None:
-        """Write the unit's first version, one tensor at a time."""
+        """Find the unit in files that are there, or write its first version, one tensor at a time."""
+        if self.find(unit, source):
+            return
         draft = self._files.draft(unit, lambda spec: host_bytes(source(spec)), position=0)
         self.move_in(unit, self._files.publish(draft, is_origin=self._keep_base and unit.is_trained))
+
+    def find(self, unit: Unit, source: Source) -> bool:
+        """Live in files that are there already; False if there are none."""
+        home = None if unit.is_trained or self._originals is None else self._originals.home(unit, source)
+        if home is not None:
+            self._homes[unit.index] = home
+        return home is not None
 
     def restore(self, unit: Unit, record: UnitRecord) -> None:
         """Open a version that is there, after checking every byte of it."""
@@ -180,7 +279,7 @@ class DiskTier:
         self.move_in(unit, record)
 
     def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
-        """Write into the draft of `version`; True when every trainable tensor of the unit is in it."""
+        """Write into the draft of `version`; True when all of the unit is in it."""
         return self.write_pieces(segment, [(0, host_bytes(data))], version=version)
 
     def write_pieces(self, segment: Segment, pieces: Iterable[tuple[int, memoryview]], *, version: int) -> bool:
@@ -188,17 +287,12 @@ class DiskTier:
         draft = self._draft(segment.unit, version)
         in_unit = ((segment.byte_start + start, data) for start, data in pieces)
         self._files.write_pieces(draft, segment.tensors, in_unit)
-        return not any(spec.trainable for spec in draft.lacks())
+        return not draft.lacks()
 
     def publish(self, unit: Unit) -> Callable[[], None]:
-        """Complete the draft with frozen tensors that no write covered, and make it durable."""
-        draft, home = self._drafts[unit.index], self._homes[unit.index]
+        """Make the draft durable."""
         try:
-            for spec in draft.lacks():
-                data = memoryview(bytearray(spec.n_padded_bytes))
-                home.read([spec], data)
-                self._files.write(draft, [spec], data)
-            record = self._files.publish(draft)
+            record = self._files.publish(self._drafts[unit.index])
         except BaseException:
             self.abandon(unit)
             raise
@@ -214,15 +308,19 @@ class DiskTier:
 
     def move_in(self, unit: Unit, record: UnitRecord) -> None:
         """Make a published version the home."""
-        self._homes[unit.index] = DiskHome(self._files, unit, record, fs=self._fs)
+        self._homes[unit.index] = VersionHome(self._files, unit, record, fs=self._fs)
 
     def home(self, unit: Unit) -> DiskHome:
-        """The published version."""
+        """Where the unit is read from."""
         return self._homes[unit.index]
 
     def view(self, unit: Unit) -> torch.Tensor:
-        """The published version's copy-on-write map."""
-        return torch.from_numpy(self._homes[unit.index].map)
+        """All of the unit's bytes as its views have them: a map of its version, or a copy from other files."""
+        return torch.from_numpy(self._homes[unit.index].shown(0, unit.n_bytes))
+
+    def tensors(self, unit: Unit) -> list[torch.Tensor]:
+        """See `DiskHome.tensors`."""
+        return self._homes[unit.index].tensors()
 
     def drop(self, unit: Unit) -> None:
         """Forget a home; its file stays, and is closed by whoever reads it last."""
@@ -237,6 +335,8 @@ class DiskTier:
                 everything.callback(home.close)
             for draft in drafts.values():
                 everything.callback(self._files.discard, draft)
+            if self._originals is not None:
+                everything.callback(self._originals.close)
 
     def _draft(self, unit: Unit, version: int) -> Draft:
         draft = self._drafts.get(unit.index)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from zo2trl.tiers.layout import Segment, Unit
-from zo2trl.tiers.tier import Pieces, Source, copy_pieces, tensor_view
+from zo2trl.tiers.tier import Pieces, Source, copy_pieces, tensor_view, tensor_views
 
 __all__ = ["DeviceTier"]
 
@@ -64,6 +64,10 @@ class DeviceTier:
     def view(self, unit: Unit) -> torch.Tensor:
         """The buffer itself, on the device."""
         return self._buffers[unit.index]
+
+    def tensors(self, unit: Unit) -> list[torch.Tensor]:
+        """Views of the buffer."""
+        return tensor_views(self.view(unit), unit)
 
     def drop(self, unit: Unit) -> None:
         """Free the unit's buffer, as soon as no view of it is left."""

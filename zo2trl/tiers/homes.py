@@ -51,8 +51,6 @@ class Homes:
         read_only: nothing is ever written to a file.
     """
 
-    traffic: Counter[str]  # bytes so far: h2d, d2h, disk_read, disk_written
-
     def __init__(
         self,
         layout: Layout,
@@ -64,9 +62,8 @@ class Homes:
         read_only: bool = False,
     ) -> None:
         self.layout, self.placement, self.files, self.read_only = layout, placement, files, read_only
-        self.traffic = Counter()
-        self._tiers, self._device = tiers, device
-        self._ledger = Ledger()
+        self.traffic: Counter[str] = Counter()  # bytes so far: h2d, d2h, disk_read, disk_written
+        self._tiers, self._device, self._ledger = tiers, device, Ledger()
         self.spoiled: str | None = None  # what was being done when an error left bytes that no position describes
         self._views: Counter[int] = Counter()  # unit -> how often its home moved to other memory
         self._writes = WriteJobs()
@@ -78,16 +75,17 @@ class Homes:
 
     # -- moving in
 
-    def found(self, source: Source, *, keep_base: bool) -> dict[int, int]:
+    def found(self, source: Source, *, keep_base: bool, kept_frozen: Collection[int] = ()) -> dict[int, int]:
         """Take over every unit's weights, one tensor at a time; returns tensor id -> CRC32 of its padded bytes.
 
-        With `keep_base`, units with trainable tensors that live in memory are written to files as well.
+        With `keep_base`, units with trainable tensors (and `kept_frozen`) that live in memory are written to files.
         """
         crcs: dict[int, int] = {}
         noted = noting(source, crcs)
         for unit in self.layout.units:
             self._tier(unit).adopt(unit, noted)
-            if keep_base and unit.is_trained and self.tier_of(unit) != "disk":
+            is_kept = (keep_base and unit.is_trained) or unit.index in kept_frozen
+            if is_kept and self.tier_of(unit) != "disk":
                 self._save(unit, self.view(unit)[0], position=0, is_origin=True)
         return crcs
 
@@ -100,8 +98,7 @@ class Homes:
             StoreCorrupt: a version is damaged.
             StoreForeign: `source` gives other weights than those the store was founded on.
         """
-        folder = self.files.folder.parent
-        compared = comparing(source, base_crcs, folder)
+        compared = comparing(source, base_crcs, folder := self.files.folder.parent)
         for unit in self.layout.units:
             tier, record = self._tier(unit), self.files.newest(unit)
             if record is None:
@@ -125,6 +122,12 @@ class Homes:
         """A unit's bytes at home (flat uint8) and a number that changes whenever that memory is another one."""
         with self._lock:
             return self._tier(unit).view(unit), self._views[unit.index]
+
+    def tensors(self, unit: Unit, *, unless_version: int | None = None) -> tuple[list[torch.Tensor], int] | None:
+        """A unit's tensors at home, and the number that `view` gives; None if that is `unless_version`."""
+        with self._lock:
+            now = self._views[unit.index]
+            return None if now == unless_version else (self._tier(unit).tensors(unit), now)
 
     def position(self, segment: Segment) -> int:
         """Records that a segment's bytes at home have absorbed."""
@@ -157,24 +160,21 @@ class Homes:
         self.doubt_views()
 
     def move(self, unit: Unit, to: TierName) -> None:
-        """Give a unit a home in another tier. If that fails, it keeps the one it has.
+        """Give a unit a home in another tier. If that fails (`StoreError`, out of memory), it keeps the one it has.
 
         All of it must be at one position, nothing of it lent, fetched ahead or being written; parameters that show its
         bytes keep the old memory alive until they are put to rest anew.
-
-        Raises:
-            StoreError, torch.OutOfMemoryError: there is no room for it.
         """
         position, old, new = self._one_position_of(unit), self._tier(unit), self._tiers[to]
         if new is old:
             return
         try:
-            if isinstance(new, DiskTier):
-                new.move_in(unit, self._filed(unit, position))
-            elif isinstance(old, DiskTier):
-                new.fill(unit, self.files.read_checked(unit, old.home(unit).record))
-            else:
+            if isinstance(old, DiskTier):
+                new.fill(unit, old.home(unit).pieces())  # type: ignore[union-attr]
+            elif not isinstance(new, DiskTier):
                 new.adopt(unit, partial(carve, old.view(unit)))
+            elif self.files.newest(unit) is not None or not new.find(unit, partial(carve, old.view(unit))):
+                new.move_in(unit, self._filed(unit, position))
         except BaseException:
             new.drop(unit)
             raise
@@ -189,8 +189,8 @@ class Homes:
         """Host memory for segments that come from or go to disk."""
         self._staging.close()
         on_disk = [self.layout.units[index].n_bytes for index in self.placement.units_in("disk")]
-        is_even = not (self.placement.units_in("cpu") or self.layout.leaf_blocks)  # then the ring is enough
-        ahead_bytes = 0 if is_even else max(on_disk, default=0)
+        is_uneven = self.placement.units_in("cpu") or self.layout.leaf_blocks  # if not, the ring is enough
+        ahead_bytes = max(on_disk, default=0) if is_uneven else 0
         self._staging = Staging(n_bytes if on_disk else 0, device=self._device, ahead_bytes=ahead_bytes)
         self._ahead = ReadAhead(self._staging, self._open)
 

@@ -40,11 +40,11 @@ __all__ = ["MappedModel", "load_mapped"]
 MAX_EMPTY_LAYERS = 1000
 _DTYPE_NAMES = ("bfloat16", "float16", "float32", "float64")
 _STORE_PLACES = "the parameter store decides where parameters live"
-_NOT_YET = "adapters on quantised bases come with a later release"
+_OLD_NAME = "pass `quantization_config=BitsAndBytesConfig(...)` with it instead"
 _PLACING = ("max_memory", "tp_plan", "tp_size", "device_mesh", "distributed_config", "offload_buffers")
 _REFUSED = {
     **dict.fromkeys(_PLACING, _STORE_PLACES),
-    **dict.fromkeys(("quantization_config", "load_in_4bit", "load_in_8bit"), _NOT_YET),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _OLD_NAME),
     "disable_mmap": "weights are mapped, never read into memory as a whole",
     "gguf_file": "GGUF weights are quantised; load the original safetensors checkpoint",
     "state_dict": "weights come from the checkpoint's files",
@@ -84,6 +84,7 @@ def load_mapped(
     *,
     model_class: Any = None,
     offload_folder: Path | None = None,
+    quantised_on: torch.device | None = None,
     **model_init_kwargs: Any,
 ) -> MappedModel:
     """Load a checkpoint as ``from_pretrained`` would, without holding its weights in memory.
@@ -93,11 +94,13 @@ def load_mapped(
         model_class: a model or `Auto...` class; None takes the one that the configuration names.
         offload_folder: a folder on a disk with room for all fused experts. What is written there has lost its names
             when this returns, and gives its bytes back when the last parameter that maps them goes.
+        quantised_on: the device that a quantised model is loaded to, as transformers does it: in memory, and never
+            moved. None refuses one.
         model_init_kwargs: `from_pretrained`'s own. `dtype` (or `torch_dtype`) is "auto" unless given.
 
     Raises:
         CheckpointError: pickled weights only, damaged files, names that lead out of the folder.
-        UnsupportedError: an argument or a checkpoint that asks for placement, quantisation or an adapter.
+        UnsupportedError: an argument or a checkpoint that asks for placement or an adapter, or is quantised.
     """
     kwargs = dict(model_init_kwargs)
     requested = _take_dtype(kwargs)
@@ -105,9 +108,11 @@ def load_mapped(
     source = str(path_or_id)
     _refuse_adapter(source, kwargs)
     config = read_config(source, kwargs)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedError(f"{source} is quantised (see its config.json): {_NOT_YET}. Load the original model.")
-    stored = read_headers(weight_files(source, config, kwargs))
+    files = weight_files(source, config, kwargs)
+    if getattr(config, "quantization_config", None) is not None or kwargs.get("quantization_config") is not None:
+        kwargs |= {"dtype": requested or "auto", "use_safetensors": True}
+        return _load_quantised(model_class or class_named_by(config), source, device=quantised_on, kwargs=kwargs)
+    stored = read_headers(files)
     floats = (tensor.dtype for tensor in stored.values() if tensor.dtype is not None)
     dtype: Any = requested or config.dtype or next(floats, torch.get_default_dtype())
     kwargs |= {"dtype": dtype, "use_safetensors": True, "force_download": False}  # Fetched by now; once is enough.
@@ -134,6 +139,16 @@ def load_mapped(
     return mapped if mapped.casts() else MappedModel(model, None, is_drawn=is_drawn)
 
 
+def _load_quantised(model_class: Any, source: str, *, device: torch.device | None, kwargs: dict) -> MappedModel:
+    if device is None:
+        raise UnsupportedError(
+            f"{source} is quantised (see its config.json, or `quantization_config`), and weights in 4 or 8 bits "
+            "cannot take the small steps of training. Train an adapter on it (`peft_config=LoraConfig(...)`), or load "
+            "the original checkpoint without `quantization_config`: it is streamed, so it need not fit the device."
+        )
+    return MappedModel(model_class.from_pretrained(source, device_map={"": device}, **kwargs), None)
+
+
 def read_config(source: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     """The checkpoint's configuration with the overrides in `kwargs`; `CheckpointError` if a folder has none."""
     given = kwargs.get("config")
@@ -142,7 +157,7 @@ def read_config(source: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     if given is None and Path(source).is_dir() and not (checkpoint_folder(source, kwargs) / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json, so it is no model folder. Check the path.")
     # Attention and expert kernels are checked when a model is built, and the skeleton needs none.
-    skip = ("config", "attn_implementation", "experts_implementation")
+    skip = ("config", "attn_implementation", "experts_implementation", "quantization_config")
     overrides = {name: value for name, value in kwargs.items() if name not in skip}
     config: Any
     with _blaming_the_config(source, kwargs):

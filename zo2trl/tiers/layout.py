@@ -1,8 +1,9 @@
 """Model -> units, segments and visit points: which bytes belong together, and where in a forward they are needed.
 
 Does not: place units in tiers (placement.py), move or read weights, know about probes.
-Invariant: pure data. Every parameter is in exactly one unit, tied ones once; a unit's tensors follow
-`named_parameters()` order and each starts on a noise tile, so neither noise nor files depend on granularity.
+Invariant: pure data. Every parameter is in exactly one unit, tied ones once, but for quantised ones, which are in none
+and stay where they are; a unit's tensors follow `named_parameters()` order and each starts on a noise tile, so neither
+noise nor files depend on granularity.
 """
 
 import hashlib
@@ -16,10 +17,21 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from zo2trl.tiers.quantised import is_quantised, quantised_bytes
 from zo2trl.zo.noise import TILE, TileMap
 from zo2trl.zo.rules import Span
 
-__all__ = ["Layout", "Segment", "TensorSpec", "Unit", "VisitPoint", "find_stacks", "plan_layout", "spans_of"]
+__all__ = [
+    "Layout",
+    "Segment",
+    "TensorSpec",
+    "Unit",
+    "VisitPoint",
+    "find_stacks",
+    "plan_layout",
+    "spans_of",
+    "trained_part",
+]
 
 Kind = Literal["rest", "shared", "block", "adapter"]
 
@@ -54,7 +66,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What has a home in one tier: the tensors of one block (or of everything outside the blocks)."""
+    """What has a home in one tier: the tensors of one block (or of everything outside the blocks), all of them
+    trained or all of them frozen."""
 
     index: int
     name: str
@@ -173,14 +186,19 @@ def plan_layout(
     decay_names: Collection[str] = (),
     leaf_blocks: Collection[str] | Literal["all"] = (),
     dtypes: Mapping[str, torch.dtype] | None = None,
+    order: Sequence[str] = (),
 ) -> Layout:
     """Lay a model out in units.
 
     Args:
-        model: any module; blocks are found by `find_stacks`, parameters may live on any device but meta.
+        model: any module; blocks are found by `find_stacks`, parameters may live on any device but meta. Quantised
+            parameters (quantised.py) are no part of the layout.
         decay_names: parameter names that weight decay applies to.
         leaf_blocks: names of blocks to visit leaf by leaf, or "all".
         dtypes: storage dtypes of parameters that the store must cast while it adopts them.
+        order: the names of all parameters in the order they are numbered, if it is not that of `named_parameters()`
+            now: a parametrisation that was put on and taken off again (PEFT does so in every forward of an adapter
+            on a parameter) leaves its parameter last in its module.
     """
     stacks = find_stacks(model)
     blocks = _once((f"{name}.{i}", block) for name, stack in stacks for i, block in enumerate(stack))
@@ -188,25 +206,27 @@ def plan_layout(
     leafy = frozenset(
         name for name, block in blocks if (leaf_blocks == "all" or name in leaf_blocks) and _leaves_are_disjoint(block)
     )
-    specs = _Specs(model, set(decay_names), dtypes or {})
-    owners = Counter(id(p) for _, block in blocks for p in set(block.parameters()))
+    specs = _Specs(model, set(decay_names), dtypes or {}, order=order)
+    owners = Counter(id(p) for _, block in blocks for p in set(block.parameters()) if not is_quantised(p))
     in_blocks = set(owners)
-    outside = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not _within(name, blocks)}
+    named = model.named_parameters(remove_duplicate=False)
+    outside = {id(p) for name, p in named if not _within(name, blocks)}
     shared = {key for key in in_blocks if owners[key] > 1 or key in outside}
 
     builder = _Builder(specs)
-    rest = builder.unit("rest", "rest", [i for i in specs.order if i not in in_blocks])
-    common = builder.unit("shared", "shared", [i for i in specs.order if i in shared])
+    rest = builder.resident_units("rest", "rest", [i for i in specs.order if i not in in_blocks])
+    common = builder.resident_units("shared", "shared", [i for i in specs.order if i in shared])
+    common_segments = [builder.segment(unit, unit.tensors) for unit in common]
     visited: set[int] = set()
-    points = [("rest", "rest", [builder.segment(unit, unit.tensors) for unit in (rest, common) if unit])]
+    points = [("rest", "rest", [*(builder.segment(unit, unit.tensors) for unit in rest), *common_segments])]
     for name, block in blocks:
         own = [i for i in specs.order_of(block) if i not in shared]
-        units = builder.block_units(name, own)
+        units = builder.block_units(name, own, n_quantised_bytes=specs.n_quantised_bytes(block))
         for module_name, module in _once(_leaves(name, block) if name in leafy else [(name, block)], seen=visited):
             held = {id(p) for p in module.parameters()}
             segments = [builder.segment(unit, _held(specs, unit, held)) for unit in units]
-            if common and held & shared:
-                segments.append(points[0][2][-1])
+            if held & shared:
+                segments += common_segments
             points.append((module_name, name, [segment for segment in segments if segment]))
     return Layout(
         units=tuple(builder.units),
@@ -249,13 +269,16 @@ class _Specs:
 
     _of: dict[int, TensorSpec]
 
-    def __init__(self, model: nn.Module, decay: set[str], dtypes: Mapping[str, torch.dtype]) -> None:
+    def __init__(
+        self, model: nn.Module, decay: set[str], dtypes: Mapping[str, torch.dtype], *, order: Sequence[str]
+    ) -> None:
+        named = {name: p for name, p in model.named_parameters() if not is_quantised(p)}
         self._of = {
             id(p): TensorSpec(
                 name=name, tensor_id=tensor_id, shape=tuple(p.shape), dtype=dtypes.get(name, p.dtype), byte_offset=0,
                 trainable=p.requires_grad, decays=name in decay,
             )
-            for tensor_id, (name, p) in enumerate(model.named_parameters())
+            for tensor_id, (name, p) in enumerate((name, named[name]) for name in order or named if name in named)
         }  # fmt: skip
         self.order = list(self._of)
         self._keys = {spec.name: key for key, spec in self._of.items()}
@@ -271,7 +294,10 @@ class _Specs:
         return self._of[key].trainable
 
     def n_bytes(self, key: int) -> int:
-        return self._of[key].n_padded_bytes
+        return self._of[key].n_bytes
+
+    def n_quantised_bytes(self, module: nn.Module) -> int:
+        return sum(quantised_bytes(p) for p in set(module.parameters()) if is_quantised(p))
 
     def at(self, key: int, byte_offset: int) -> TensorSpec:
         return replace(self._of[key], byte_offset=byte_offset)
@@ -300,16 +326,24 @@ class _Builder:
         self.units.append(Unit(index=len(self.units), name=name, kind=kind, tensors=tuple(tensors)))
         return self.units[-1]
 
-    def block_units(self, name: str, keys: Sequence[int]) -> list[Unit]:
-        """One unit for a block; two for a mostly frozen one, whose trainable part stays on the device."""
+    def resident_units(self, name: str, kind: Kind, keys: Sequence[int]) -> list[Unit]:
+        """One unit; two where some are trained and some are frozen, so that what is frozen is never copied."""
+        trainable, frozen = self._parted(keys)
+        named = trained_part(name) if frozen else name
+        return [unit for unit in (self.unit(name, kind, frozen), self.unit(named, kind, trainable)) if unit]
+
+    def block_units(self, name: str, keys: Sequence[int], *, n_quantised_bytes: int) -> list[Unit]:
+        """The same for a block, whose trainable part stays on the device if it is the smaller one."""
+        trainable, frozen = self._parted(keys)
+        n_frozen_bytes = n_quantised_bytes + sum(map(self._specs.n_bytes, frozen))
+        is_small = sum(map(self._specs.n_bytes, trainable)) < n_frozen_bytes
+        named = trained_part(name) if frozen else name
+        kind: Kind = "adapter" if is_small else "block"
+        return [unit for unit in (self.unit(name, "block", frozen), self.unit(named, kind, trainable)) if unit]
+
+    def _parted(self, keys: Sequence[int]) -> tuple[list[int], list[int]]:
         trainable = [key for key in keys if self._specs.is_trainable(key)]
-        frozen = [key for key in keys if not self._specs.is_trainable(key)]
-        mostly_frozen = sum(map(self._specs.n_bytes, trainable)) < sum(map(self._specs.n_bytes, frozen))
-        if not (trainable and mostly_frozen):
-            units = [self.unit(name, "block", keys)]
-        else:
-            units = [self.unit(name, "block", frozen), self.unit(f"{name} (trainable)", "adapter", trainable)]
-        return [unit for unit in units if unit]
+        return trainable, [key for key in keys if not self._specs.is_trainable(key)]
 
     def segment(self, unit: Unit, tensors: Sequence[TensorSpec]) -> Segment | None:
         if not tensors:
@@ -321,6 +355,11 @@ class _Builder:
             index=self._n_segments - 1, unit=unit, byte_start=start, n_bytes=stop - start, tensors=tuple(tensors),
             spans=tuple(spans_of(tensors, start)),
         )  # fmt: skip
+
+
+def trained_part(name: str) -> str:
+    """Name of the unit that holds what is trained of what unit `name` holds the frozen rest of."""
+    return f"{name} (trainable)"
 
 
 def spans_of(tensors: Sequence[TensorSpec], byte_start: int) -> Iterator[Span]:

@@ -23,11 +23,14 @@ def free_device_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def resolve_budgets(*, device_memory: int | str, cpu_memory: int | str, device: torch.device) -> Budgets:
+def resolve_budgets(
+    *, device_memory: int | str, cpu_memory: int | str, device: torch.device, n_processes: int = 1
+) -> Budgets:
     """Byte ceilings from what the user wrote.
 
     `device_memory`: a size, "min", or "auto" (90 % of free GPU memory; half of available RAM on a CPU-only machine).
     `cpu_memory`: a size, 0 for nothing, or "auto" (70 % of available RAM, less what the device budget takes of it).
+    `n_processes`: so many of the same training share the machine's RAM and each have a device; sizes are of each one.
 
     Raises:
         ConfigError: not a size; names the argument.
@@ -35,14 +38,15 @@ def resolve_budgets(*, device_memory: int | str, cpu_memory: int | str, device: 
     device_bytes = parse_size(device_memory, argument="device_memory")
     if device_bytes == "auto":
         share = DEVICE_SHARE if device.type == "cuda" else HOST_AS_DEVICE_SHARE
-        device_bytes = int(free_device_bytes(device) * share)
+        n_sharing = 1 if device.type == "cuda" else n_processes
+        device_bytes = int(free_device_bytes(device) * share) // n_sharing
     cpu_bytes = parse_size(cpu_memory, argument="cpu_memory")
     if cpu_bytes == "min":
         raise ConfigError(
             '`cpu_memory="min"` means nothing: write 0 to keep no unit in host memory, a size, or "auto".'
         )
     if cpu_bytes == "auto":
-        cpu_bytes = int(psutil.virtual_memory().available * HOST_SHARE)
+        cpu_bytes = int(psutil.virtual_memory().available * HOST_SHARE) // n_processes
         if device.type == "cpu" and device_bytes != "min":
             cpu_bytes = max(cpu_bytes - device_bytes, 0)
     return Budgets(device=device_bytes, cpu=cpu_bytes)

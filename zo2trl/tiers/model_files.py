@@ -41,7 +41,7 @@ from zo2trl.tiers.layout import TensorSpec
 from zo2trl.tiers.paths import inside
 from zo2trl.tiers.strict_json import JSON, Fields, read_json, write_json
 
-__all__ = ["ModelFiles", "describe_model"]
+__all__ = ["ModelFiles", "describe_model", "is_saved_as_adapter"]
 
 FORMAT = 1
 MAX_BYTES = 64 * 2**20  # of a JSON file; adapters list their tensors' names
@@ -52,6 +52,11 @@ _OURS = (_CLASS, _BUFFERS)
 # An adapter's file, by the folder it lies in: name in the file -> name in the model's state dict; None: its tensors
 # are computed while they are saved.
 _Adapters = dict[str, dict[str, str] | None]
+
+
+def is_saved_as_adapter(model: nn.Module) -> bool:
+    """Whether a folder of the model holds what was trained beside a base, and not the base."""
+    return hasattr(model, "peft_config")
 
 
 def describe_model(model: nn.Module, folder: Path, *, fs: FS = LOCAL) -> None:
@@ -215,7 +220,7 @@ def fill(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 def _adapters_of(model: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple[_Adapters | None, dict[str, str]]:
     """The names an adapter's file has, and its configuration, by the folder that PEFT would save it to."""
-    if not hasattr(model, "peft_config"):
+    if not is_saved_as_adapter(model):
         return None, {}
     from peft import PeftModel, get_peft_model_state_dict
 

@@ -68,8 +68,7 @@ class TieredStore:
         self.rhythm = rhythm
         self._on_first_step: Callable[[], None] | None = on_first_step
         self._on_close = on_close
-        self._eager = False
-        self.is_open = True
+        self._eager, self.is_open = False, True
         self._prefetcher: Prefetcher | None = None
         homes.will_write_back = self._may_be_due
         self._start_prefetching()
@@ -96,6 +95,10 @@ class TieredStore:
     def view(self, unit: Unit) -> tuple[torch.Tensor, int]:
         """See `Homes.view`."""
         return self.homes.view(unit)
+
+    def tensors(self, unit: Unit, *, unless_version: int | None = None) -> tuple[list[torch.Tensor], int] | None:
+        """See `Homes.tensors`."""
+        return self.homes.tensors(unit, unless_version=unless_version)
 
     def describe(self) -> list[tuple[str, TierName, int]]:
         """(unit, tier, bytes) for people."""

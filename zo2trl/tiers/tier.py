@@ -12,7 +12,7 @@ import torch
 
 from zo2trl.tiers.layout import Segment, TensorSpec, Unit
 
-__all__ = ["Pieces", "Source", "Tier", "carve", "copy_pieces", "gathered", "host_bytes", "tensor_view"]
+__all__ = ["Pieces", "Source", "Tier", "carve", "copy_pieces", "gathered", "host_bytes", "tensor_view", "tensor_views"]
 
 Source = Callable[[TensorSpec], torch.Tensor]
 """Gives a tensor's values, in the spec's shape and dtype, on any device, while a unit is adopted."""
@@ -43,8 +43,12 @@ class Tier(Protocol):
         ...
 
     def view(self, unit: Unit) -> torch.Tensor:
-        """The whole unit as a flat uint8 tensor of the bytes at home; writing into a disk unit's view stays
-        private."""
+        """The whole unit as a flat uint8 tensor of the bytes at home; writing into a disk unit's view stays private,
+        and is lost if its bytes had to be gathered from several files."""
+        ...
+
+    def tensors(self, unit: Unit) -> list[torch.Tensor]:
+        """The unit's tensors at home, each with a storage of its own; writing is as for `view`."""
         ...
 
     def drop(self, unit: Unit) -> None:
@@ -69,6 +73,11 @@ def tensor_view(buffer: torch.Tensor, spec: TensorSpec, *, byte_start: int = 0) 
     through DLPack, which wraps the same memory in a new storage.
     """
     return torch.from_dlpack(carve(buffer, spec, byte_start=byte_start))
+
+
+def tensor_views(buffer: torch.Tensor, unit: Unit) -> list[torch.Tensor]:
+    """`tensor_view` of all tensors of a unit in its buffer."""
+    return [tensor_view(buffer, spec) for spec in unit.tensors]
 
 
 def copy_pieces(pieces: Pieces, buffer: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ _CHOICES = {
     "direction": DIRECTIONS,
     "rounding": ("nearest", "stochastic", None),
     "granularity": ("auto", "block", "leaf"),
+    "parallelism": ("data", "directions"),
 }
 
 
@@ -38,12 +39,15 @@ class ZOArguments:
         device_memory (`str` or `int`, *optional*, defaults to `"auto"`):
             Ceiling for weights, transfer ring and scratch on the execution device: a size (`"8GB"` is 8e9 bytes,
             `"8GiB"` is 8 x 2^30, an integer is bytes), `"min"` for the least that works, or `"auto"` for 90 % of the
-            free GPU memory (half of the available RAM on a machine without a GPU).
+            free GPU memory (half of the available RAM on a machine without a GPU). Of each process, if there are
+            several.
         cpu_memory (`str` or `int`, *optional*, defaults to `"auto"`):
             Host memory for blocks that do not fit the device (pinned when there is a GPU): a size, `"0"`, or `"auto"`
-            for 70 % of the available RAM. What fits neither lives on disk.
+            for 70 % of the available RAM. What fits neither lives on disk. Sizes are of each process; `"auto"` shares
+            the RAM out among those of a machine.
         store_dir (`str`, *optional*):
-            Folder of the step journal and of the blocks on disk. Defaults to `<output_dir>/store`.
+            Folder of the step journal and of the blocks on disk. Defaults to `<output_dir>/store`. Each of several
+            processes has its own in it, `rank-0` and so on.
         granularity (`str`, *optional*, defaults to `"auto"`):
             What is on the device at once: `"block"`, `"leaf"` (single linear layers and norms; needs less memory), or
             `"auto"` for leaves only where blocks do not fit.
@@ -74,6 +78,20 @@ class ZOArguments:
         rounding (`str`, *optional*):
             How updates are rounded to the storage dtype: `"nearest"` or `"stochastic"`. Defaults to `"stochastic"`
             when trainable weights are stored in 16 bit, else `"nearest"`.
+
+        parallelism (`str`, *optional*, defaults to `"data"`):
+            What several processes share out: `"data"` (each has micro-batches of its own and evaluates all directions
+            on them) or `"directions"` (all have the same micro-batches, and each evaluates `num_directions` divided by
+            the number of processes of them).
+
+        > Parameters that control what is optimised
+
+        objective (`str`, *optional*):
+            Optimise this instead of the trainer's loss: `"accuracy"` (one forward), `"squad_f1"` or `"exact_match"`
+            (of generated text). Functions of your own are passed to the trainer as `objective=`.
+        objective_max_new_tokens (`int`, *optional*):
+            The most tokens to generate for `"squad_f1"` and `"exact_match"`, which need it. A streamed model is
+            transferred once for every token.
 
         > Parameters of [`~transformers.TrainingArguments`] with other defaults
 
@@ -124,6 +142,16 @@ class ZOArguments:
     )
     rounding: str | None = field(
         default=None, metadata={"help": 'Rounding of updates: "nearest" or "stochastic" (default for 16-bit weights).'}
+    )
+    parallelism: str = field(
+        default="data", metadata={"help": 'What several processes share out: "data" or "directions".'}
+    )
+    objective: str | None = field(
+        default=None,
+        metadata={"help": 'Optimise "accuracy", "squad_f1" or "exact_match" instead of the trainer\'s loss.'},
+    )
+    objective_max_new_tokens: int | None = field(
+        default=None, metadata={"help": 'The most tokens to generate for "squad_f1" and "exact_match".'}
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})

@@ -34,15 +34,25 @@ from zo2trl.errors import CheckpointError, ZO2TRLError
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.paths import inside
 from zo2trl.tiers.strict_json import JSON, Fields, read_json, write_json
-from zo2trl.trainers.states import CURE, MAX_JSON_BYTES, decode_state, encode_state
+from zo2trl.trainers.states import (
+    CURE,
+    MAX_JSON_BYTES,
+    OPTIMIZER_NAME,
+    RNG_NAME,
+    SCHEDULER_NAME,
+    decode_state,
+    encode_state,
+)
 
 __all__ = [
-    "MARKER_NAME", "Checkpoint", "Pointer", "begin_checkpoint", "commit_checkpoint", "last_valid_checkpoint",
-    "read_checkpoint", "refuse_pickles", "save_without_weights", "write_arguments",
+    "MARKER_NAME", "STATE_NAMES", "Checkpoint", "Pointer", "begin_checkpoint", "commit_checkpoint",
+    "last_valid_checkpoint", "read_checkpoint", "refuse_pickles", "save_without_weights", "write_arguments",
 ]  # fmt: skip
 
 MARKER_NAME = "zo_checkpoint.json"
 ARGUMENTS_NAME = "training_args.json"
+STATE_NAMES = (MARKER_NAME, "trainer_state.json", OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)
+"""What a checkpoint holds beside a model folder's files."""
 FORMAT = 1
 MAX_CHECKED_BYTES = 256 * 2**20  # larger files are weights: their size is checked, and their sum if asked for
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

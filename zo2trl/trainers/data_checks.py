@@ -39,7 +39,9 @@ def check_labels(trainer: Any) -> None:
     dataset = trainer.train_dataset
     if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or trainer.can_return_loss:
         return
-    if trainer.compute_loss_func is not None or not trainer.label_names:
+    if trainer.compute_loss_func is not None or trainer.objective is not None:
+        return
+    if not trainer.takes_labels or not trainer.label_names:
         return
     columns: Any = dataset
     if isinstance(dataset, datasets.Dataset) and trainer.args.remove_unused_columns:

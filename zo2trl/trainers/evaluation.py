@@ -14,6 +14,7 @@ from typing import Any
 
 from zo2trl.engine.activations import n_tokens
 from zo2trl.engine.heads import deferring_logits
+from zo2trl.trainers.objectives import without_columns
 from zo2trl.trainers.signals import stop_if_asked
 
 __all__ = ["EvaluationMarch"]
@@ -41,7 +42,9 @@ class EvaluationMarch:
         group: list[tuple[Any, bool]] = []
         for inputs in batches:
             group.append((inputs, state.end_of_dataloader))
-            if state.end_of_dataloader or len(group) >= self._group_size(group[0][0]):
+            if len(group) == 1:
+                size = self._group_size(inputs)
+            if state.end_of_dataloader or len(group) >= size:
                 yield from self._march(group)
                 group = []
         yield from self._march(group)
@@ -59,6 +62,7 @@ class EvaluationMarch:
         trainer = self._trainer
         engine, largest = trainer.engine, max((inputs for inputs, _ in group), key=n_tokens)
         trainer.device_fit.before_evaluation(largest, n_passes=len(group), whole_logits=not self._loss_only)
+        trainer.before_predictions([inputs for inputs, _ in group])
         outputs = engine.run_clean([partial(self._predict, inputs) for inputs, _ in group])
         self._ready.extend((inputs, output) for (inputs, _), output in zip(group, outputs, strict=True))
         loader = trainer.accelerator.gradient_state.active_dataloader
@@ -70,9 +74,15 @@ class EvaluationMarch:
     def _predict(self, inputs: Any) -> Any:
         trainer, step = self._trainer, type(self._trainer).prediction_step
         with deferring_logits(wanted=self._loss_only):
-            return step(trainer, trainer.model, inputs, self._loss_only, ignore_keys=self._ignore_keys)
+            outputs = step(
+                trainer, trainer.model, without_columns(inputs), self._loss_only, ignore_keys=self._ignore_keys
+            )
+            trainer.note_objective(inputs)
+        return outputs
 
     def _group_size(self, inputs: Any) -> int:
+        size = min(self._trainer.device_fit.passes_per_march(inputs), MAX_BATCHES_PER_MARCH)
         if not self._trainer.engine.store.placement.ring_bytes:
-            return 1  # nothing is streamed: lockstep would only hold more predictions
-        return min(self._trainer.device_fit.passes_per_march(inputs), MAX_BATCHES_PER_MARCH)
+            size = 1  # nothing is streamed: lockstep would only hold more predictions
+        # The loop gathers after each batch, and losses may in the march: in all processes at the same place.
+        return self._trainer.ranks.least("evaluation batches of a march", size)

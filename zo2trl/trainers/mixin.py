@@ -3,16 +3,12 @@
 Does not: contain arithmetic, a training loop or an evaluation loop. It hands closures to the engine and numbers to the
 Trainer.
 
-The Trainer keeps its own order of things: `training_step` collects micro-batches until gradients would sync, then
-estimates; `_clip_grad_norm` clips the scalar; the optimizer's `step` commits it to the journal.
+The Trainer keeps its own order of things. Steps are made in stepping.py; resuming.py and saving.py make runs survive.
 """
 
 import logging
-import math
-import time
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -21,28 +17,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import AutocastKwargs
-from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from zo2trl.engine.activations import n_tokens
 from zo2trl.engine.fitting import DeviceFit
 from zo2trl.engine.heads import deferring_logits, hook_heads
 from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
 from zo2trl.engine.runs import Mode
 from zo2trl.engine.step import Engine
-from zo2trl.errors import ConfigError, StoreError
+from zo2trl.errors import BudgetError, ConfigError, StoreError
 from zo2trl.tiers.ingest import load_mapped
 from zo2trl.tiers.machine import resolve_budgets
+from zo2trl.tiers.placement import Budgets, parse_size
+from zo2trl.tiers.quantised import quantised_bytes, quantised_parameters
+from zo2trl.trainers.adapter_state import adapter_states
+from zo2trl.trainers.adapters import prepare_adapters, refuse_full_quantised
 from zo2trl.trainers.arguments import ZOArguments, convert_arguments
 from zo2trl.trainers.data_checks import check_dataset, check_labels
 from zo2trl.trainers.evaluation import EvaluationMarch
-from zo2trl.trainers.metrics import StepMetrics, count_tokens
+from zo2trl.trainers.metrics import StepMetrics
 from zo2trl.trainers.optimizer import ZOOptimizer
-from zo2trl.trainers.replaying import Replay, estimate_of, refuse_changed_weights
-from zo2trl.trainers.resuming import ResumingMixin, save_processing_class
+from zo2trl.trainers.parallel import refuse_other_number
+from zo2trl.trainers.saving import save_processing_class
 from zo2trl.trainers.scaling import LossScaling
-from zo2trl.trainers.signals import stop_if_asked, stopping_on_signals
+from zo2trl.trainers.signals import ending_in_time, stopping_on_signals
+from zo2trl.trainers.stepping import SteppingMixin
 from zo2trl.trainers.support import check_arguments, check_optimizers
 
 __all__ = ["ZOTrainerMixin"]
@@ -54,29 +53,33 @@ logger = logging.getLogger(__name__)
 _MEZO_NO_DECAY = ("bias", "layer_norm", "layernorm")
 
 
-class ZOTrainerMixin(ResumingMixin, _Base):
+class ZOTrainerMixin(SteppingMixin, _Base):
     """Put it in front of a Trainer class: `class ZOTrainer(ZOTrainerMixin, Trainer)`."""
 
     config_class: type[ZOArguments]
+    takes_labels = True  # a batch without labels has no loss
     args: Any
     model: Any
 
     _engine: Engine | None = None
+    _as_loaded: dict[nn.Parameter, int]  # where in memory a checkpoint was mapped to
     _casts: dict[nn.Parameter, torch.dtype]  # what the store still has to cast while it adopts a mapped checkpoint
     device_fit: DeviceFit
     _shutdown: Any = None
 
-    def __init__(
-        self, model: Any = None, args: TrainingArguments | None = None, *positional: Any, **named: Any
-    ) -> None:
-        given = signature(super().__init__).bind_partial(model, args, *positional, **named).arguments
+    def __init__(self, *positional: Any, objective: Any = None, **named: Any) -> None:
+        given = signature(super().__init__).bind_partial(*positional, **named).arguments
         given |= given.pop("kwargs", {})
-        given["args"] = config = self._convert(args, model)
+        model = given.get("model")
+        given["args"] = config = self._convert(given.get("args"), model)
+        self._set_objective(objective, config)
         check_arguments(config)
+        self._join(config)
+        self._check_given(given)
         check_optimizers(given)
         check_dataset(given.get("train_dataset"), name="train_dataset")
         config._n_gpu = min(config.n_gpu, 1)  # one process drives one device; more would mean DataParallel
-        self._casts = {}
+        self._casts, self._as_loaded = {}, {}
         self._micro_batches: list[tuple[Any, Any]] = []
         self._step_offset: int | None = None  # journal step - global step, known from the first step of a training on
         self._begins_a_training = True
@@ -87,10 +90,16 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         if isinstance(model, str):
             given["model"] = self._load(model, given)
             config.model_init_kwargs = None  # used up: the trainer would warn that it cannot apply them
+        refuse_full_quantised(given.get("model"), is_adapted=given.get("peft_config") is not None)
         super().__init__(**given)
+        if self._base_path is not None:  # a chat template's own tokens make embeddings larger than those on disk, say
+            self._is_drawn |= any(p.data_ptr() != place for p, place in self._as_loaded.items())
+            self._as_loaded.clear()
+        prepare_adapters(self.model, device=config.device, casts=self._casts)
         config.model_init_kwargs = init_kwargs
         check_dataset(self.train_dataset, name="train_dataset")
         check_labels(self)
+        self._carry_objective_columns()
         self._plan_first()
 
     # -- the engine and its store
@@ -105,9 +114,11 @@ class ZOTrainerMixin(ResumingMixin, _Base):
 
     def _open_engine(self, mode: Mode) -> None:
         self.close()
+        refuse_other_number(Path(self.args.store_dir), self.ranks)
         self._engine_options = self._options()
         self._engine = engine = open_engine(self.model, self._engine_options, mode=mode)
         self.device_fit = DeviceFit(engine, self._engine_options)
+        engine.pass_locals += adapter_states(self.model)
         engine.on_shutdown += [handle.remove for handle in hook_heads(self.model)]
         engine.on_shutdown.append(partial(self.model.__dict__.pop, "_is_accelerate_prepared", None))
         self._shutdown = weakref.finalize(self, engine.shutdown)
@@ -150,14 +161,31 @@ class ZOTrainerMixin(ResumingMixin, _Base):
     def _load(self, path: str, given: dict[str, Any]) -> nn.Module:
         kwargs = dict(getattr(given["args"], "model_init_kwargs", None) or {})
         kwargs.setdefault("trust_remote_code", getattr(given["args"], "trust_remote_code", False))
-        if given.pop("quantization_config", None) is not None:
-            kwargs["quantization_config"] = "given"
+        kwargs |= self._what_to_load()
+        if (quantization := given.pop("quantization_config", None)) is not None:
+            if "quantization_config" in kwargs:
+                raise ConfigError(
+                    "`quantization_config` was given to the trainer and in `model_init_kwargs`. Leave one of them out."
+                )
+            kwargs["quantization_config"] = quantization
+        is_adapted = given.get("peft_config") is not None
         set_seed(given["args"].seed)  # a new head is drawn at random, here as in the trainers this one stands in for
-        mapped = load_mapped(path, offload_folder=self._offload_folder(given["args"]), **kwargs)
+        mapped = load_mapped(
+            path, offload_folder=self._offload_folder(given["args"]),
+            quantised_on=given["args"].device if is_adapted else None, **kwargs,
+        )  # fmt: skip
         self._is_drawn = mapped.is_drawn
+        self._as_loaded = {p: p.data_ptr() for p in mapped.model.parameters()}
         named = dict(mapped.model.named_parameters())
         self._casts = {named[name]: dtype for name, dtype in mapped.casts().items()}
         return mapped.model
+
+    def _check_given(self, given: dict[str, Any]) -> None:
+        """Refuse, or settle, arguments that only this kind of trainer has; `given["args"]` is ours by now."""
+
+    def _what_to_load(self) -> dict[str, Any]:
+        """Keyword arguments of `load_mapped` that this kind of trainer needs for a model given as a path."""
+        return {}
 
     def _plan_first(self) -> None:
         """Refuse budgets that cannot work before anything is moved."""
@@ -169,14 +197,33 @@ class ZOTrainerMixin(ResumingMixin, _Base):
             )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ConfigError("The model has no trainable parameter: set `requires_grad` on those that should move.")
-        plan_engine(self.model, self._options())
+        try:
+            plan_engine(self.model, self._options())
+        except BudgetError as error:
+            if not (n_bytes := self._quantised_bytes()):
+                raise
+            beside = f"The quantised base takes {n_bytes:,} bytes of the device beside these."
+            raise BudgetError(f"{error} {beside}") from error
+
+    def _budgets(self) -> Budgets:
+        args = self.args
+        budgets = resolve_budgets(
+            device_memory=args.device_memory, cpu_memory=args.cpu_memory, device=args.device,
+            n_processes=self.ranks.n_local,
+        )  # fmt: skip
+        if budgets.device == "min" or parse_size(args.device_memory, argument="device_memory") == "auto":
+            return budgets  # "auto" is of what is free beside a quantised base
+        return replace(budgets, device=max(budgets.device - self._quantised_bytes(), 0))
+
+    def _quantised_bytes(self) -> int:
+        return sum(map(quantised_bytes, quantised_parameters(self.model).values()))
 
     def _options(self) -> EngineOptions:
         args = self.args
         return EngineOptions(
-            budgets=resolve_budgets(device_memory=args.device_memory, cpu_memory=args.cpu_memory, device=args.device),
+            budgets=self._budgets(),
             device=args.device,
-            store_dir=Path(args.store_dir),
+            store_dir=self._own_store_dir,
             seed=args.seed,
             zo_eps=args.zo_eps,
             num_directions=args.num_directions,
@@ -190,6 +237,7 @@ class ZOTrainerMixin(ResumingMixin, _Base):
             max_replay_s=args.max_replay_s,
             sync_every=args.sync_every,
             describe=partial(save_processing_class, self.processing_class),
+            ranks=self.ranks,
         )
 
     def _base_folder(self) -> str | None:
@@ -230,10 +278,10 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         """Autocast as the arguments ask, without its cache: Parameters hold many probes' weights; no whole logits."""
         stack = super().compute_loss_context_manager()  # type: ignore[misc]
         stack.enter_context(self.accelerator.autocast(autocast_handler=AutocastKwargs(cache_enabled=False)))
-        stack.enter_context(deferring_logits())
+        stack.enter_context(deferring_logits(wanted=self.objective is None))
         return stack
 
-    # -- hooks of the Trainer: a step
+    # -- hooks of the Trainer: a training
 
     def train(self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any) -> Any:
         """See [`~transformers.Trainer.train`]. When it returns, the model's parameters show every finished step.
@@ -247,7 +295,7 @@ class ZOTrainerMixin(ResumingMixin, _Base):
         self._begins_a_training = not resume_from_checkpoint
         self._randomness.start(None)
         self._close_if_choices_changed()
-        with stopping_on_signals():
+        with stopping_on_signals(), ending_in_time() if self.ranks.size > 1 else nullcontext():
             if resume_from_checkpoint:
                 self._resume(resume_from_checkpoint)
             started_from = None if self._resumes_at is None else self._resumes_at.folder
@@ -255,7 +303,8 @@ class ZOTrainerMixin(ResumingMixin, _Base):
             evaluates_first = self.args.eval_on_start
             self.args.eval_on_start = evaluates_first and folder is None  # a checkpoint is no start
             try:
-                result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
+                with self._saying_who_is_gone():
+                    result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
                 self._refuse_steps_left()
                 return result
             except SystemExit:  # SIGTERM: everything is in the journal
@@ -267,119 +316,6 @@ class ZOTrainerMixin(ResumingMixin, _Base):
                 self.args.eval_on_start = evaluates_first
                 if self._engine is not None:
                     self._engine.flush()
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Collect micro-batches until gradients would sync, then estimate the slope from all of them in one march."""
-        stop_if_asked()
-        self._micro_batches.append((self._prepare_inputs(inputs), num_items_in_batch))
-        if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.args.device)
-        batches, self._micro_batches = self._micro_batches, []
-        self._randomness.used(len(batches))
-        # The root says "training" to loss and metric code; everything below runs without dropout, as MeZO does.
-        model.eval()
-        model.training = True
-        if self._replay is not None and not self._replay.is_over:
-            return self._replay_step(self._replay)
-        self._replay = None
-        engine = self.engine
-        step_offset = self._prepare_step(model, batches)
-        started_s = time.perf_counter()
-        with self.probes_counted_once(len(engine.estimator.probes())):
-            estimate = engine.step(
-                [partial(self._loss, model, *batch) for batch in batches],
-                step=step_offset + self.state.global_step,
-                passes_per_march=self.device_fit.passes_per_march(batches[0][0]),
-            )
-        self._estimate, self._grads = estimate, estimate.projected_grads
-        every = self.args.torch_empty_cache_steps
-        if every and self.state.global_step % every == 0:
-            clear_device_cache()
-        moved, self._moved_before = engine.store.traffic - self._moved_before, engine.store.traffic.copy()
-        self._step_metrics.add_work(
-            n_tokens=sum(count_tokens(batch) for batch, _ in batches), seconds=time.perf_counter() - started_s,
-            moved=moved,
-        )  # fmt: skip
-        return torch.tensor(estimate.loss, device=self.args.device)
-
-    def _replay_step(self, replay: Replay) -> torch.Tensor:
-        refuse_changed_weights(self.engine, global_step=self.state.global_step)
-        self._estimate = estimate_of(replay.record)
-        self._grads = self._estimate.projected_grads
-        measured = replay.measured()
-        if measured is not None:
-            self._measured_before(measured)
-        return torch.tensor(self._estimate.loss, device=self.args.device)
-
-    def _prepare_step(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> int:
-        with self.probes_counted_once(0):
-            self._scaling.find_out(self, model, batches)
-            largest = max(batches, key=lambda batch: n_tokens(batch[0]))
-            n_passes = len(self.engine.estimator.probes()) * len(batches)
-            if self.device_fit.before_steps(partial(self._loss, model, *largest), largest[0], n_passes=n_passes):
-                self._moved_before = self.engine.store.traffic.copy()
-        if self._step_offset is None:
-            self._step_offset = self._find_step_offset()
-        if self._begins_a_training:
-            self._begins_a_training = False
-            self._note_start(self._step_offset)
-        return self._step_offset
-
-    def _find_step_offset(self) -> int:
-        # A second call of `train()` counts steps from 0 again, but its directions and records must be new ones.
-        records, first_step = self.engine.store.records, self.state.global_step
-        return records[-1].step + 1 - first_step if records and records[-1].step >= first_step else 0
-
-    def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
-        with self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-        return loss.mean() / self._scaling.divisor(self, num_items_in_batch)
-
-    @contextmanager
-    def probes_counted_once(self, n_probes: int) -> Iterator[None]:
-        """Round a march in which every batch is seen by `n_probes` probes; trainers that count tokens correct them."""
-        yield
-
-    def _clip_grad_norm(self, model: nn.Module) -> float:
-        if (norm := self._get_grad_norm(model)) > self.args.max_grad_norm > 0:
-            self._grads = tuple(g * self.args.max_grad_norm / norm for g in self._grads)
-        return norm
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
-        if grad_norm is None:
-            grad_norm = abs(self._estimate.projected_grad) if self._estimate.is_finite else math.nan
-            self._grad_norm = grad_norm
-        return grad_norm
-
-    def _commit(self, *, learning_rate: float) -> None:
-        self._step_metrics.add(self._estimate)
-        if self._replay is not None:
-            self._replay.advance(learning_rate=learning_rate)
-            return
-        store, measured = self.engine.store, self._measured()
-        if measured is not None:  # first: what the journal does not confirm is forgotten
-            store.logbook.put("step", len(store.records) + 1, measured)
-        self.engine.commit(
-            learning_rate=learning_rate, weight_decay=self.args.weight_decay, projected_grads=self._grads,
-            grad_norm=self._grad_norm,
-        )  # fmt: skip
-
-    def _measured(self) -> Any:
-        """What the forwards of this step measured besides losses, as JSON, for trainers that log such things."""
-        return None
-
-    def _measured_before(self, measured: Any) -> None:
-        """A step is gone through again without forwards; this is what `_measured` returned for it."""
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the `zo/*` means since the last log to training logs."""
-        if "loss" in logs:
-            logs.update(self._step_metrics.take())
-        super().log(logs, start_time)  # type: ignore[misc]
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Two forwards (4 of the usual 6 units) per direction, and no backward."""
-        return super().floating_point_ops(inputs) * 2 * self.args.num_directions // 3  # type: ignore[misc]
 
     # -- hooks of the Trainer: evaluation
 

@@ -15,6 +15,7 @@ from transformers import Trainer
 from zo2trl.engine.step import Engine
 from zo2trl.tiers.journal import MarkKind
 from zo2trl.trainers.data_checks import global_random_state_kept
+from zo2trl.trainers.parallel import ParallelMixin
 from zo2trl.trainers.randomness import RandomnessKeeper
 from zo2trl.trainers.replaying import Replay
 
@@ -25,7 +26,7 @@ _Base = Trainer if TYPE_CHECKING else object
 logger = logging.getLogger(__name__)
 
 
-class RecordingMixin(_Base):
+class RecordingMixin(ParallelMixin, _Base):
     """The part of `ZOTrainerMixin` that keeps evaluations and random states."""
 
     args: Any
@@ -54,7 +55,9 @@ class RecordingMixin(_Base):
             if isinstance(datasets, dict) or not self.is_in_train:
                 return super().evaluate(**given)  # type: ignore[misc]
             known = None if self._replay is None else self._replay.evaluation(metric_key_prefix)
-            if known is not None:
+            # A process that was stopped while others noted the evaluation does not know it: all make it again.
+            if self._replay is not None and self.ranks.all_say("evaluations that are known", known is not None):
+                assert known is not None
                 return self._report_again(dict(known))
             if self._replay is not None and not self._replay.is_over:
                 logger.warning("The evaluation at step %d is left out: it was not made then.", self.state.global_step)
@@ -78,7 +81,8 @@ class RecordingMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self._replay is not None and not self._replay.is_over and self.control.should_evaluate:
-            self.control.should_evaluate = self._replay.had_evaluation
+            had_one = self.ranks.all_say("evaluations that were made", self._replay.had_evaluation)
+            self.control.should_evaluate = had_one
         super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
 
     # -- random numbers of the data pipeline

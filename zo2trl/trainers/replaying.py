@@ -27,9 +27,10 @@ __all__ = [
 ]  # fmt: skip
 
 
-_NOTED_BY_STEPS = ("zo_eps", "num_directions", "weight_decay", "max_grad_norm")
+_NOTED_BY_STEPS = ("zo_eps", "num_directions", "weight_decay", "max_grad_norm", "objective")
 _SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "max_length", "packing",
+    "parallelism",
     *_NOTED_BY_STEPS,
 )  # fmt: skip
 
@@ -46,6 +47,7 @@ class ResumePoint:
         position: records of the journal that lie before it.
         step_offset: journal step - global step.
         counters: what the checkpoint says of the trainer's own.
+        rng: state of the random generators, of processes other than the one that wrote the checkpoint.
     """
 
     folder: Path | None = None
@@ -54,6 +56,7 @@ class ResumePoint:
     position: int = 0
     step_offset: int = 0
     counters: dict[str, Any] = field(default_factory=dict)
+    rng: Any = None
 
 
 def locate(point: ResumePoint, engine: Engine) -> ResumePoint:
@@ -105,6 +108,10 @@ def settings_of(trainer: Any) -> dict[str, Any]:
     """What a trainer's steps are made of beside weights, seeds and learning rates."""
     args, dataset = trainer.args, trainer.train_dataset
     settings = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+    if args.auto_find_batch_size:  # the batches that are made may be smaller than those that were asked for
+        settings["per_device_train_batch_size"] = trainer._train_batch_size
+    settings |= {"objective": None if trainer.objective is None else trainer.objective.name}
+    settings |= {"number of processes": trainer.ranks.size}
     return settings | {"train_dataset rows": len(dataset) if has_length(dataset) else None}
 
 

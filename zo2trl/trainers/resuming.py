@@ -1,15 +1,16 @@
 """ResumingMixin: checkpoints of a few kilobytes, and resuming from the journal instead of from weights.
 
-Does not: know how a step is made. It overrides what the Trainer does around one: saving, loading, evaluating again.
+Does not: know how a step is made, or write checkpoints (saving.py).
 
 A checkpoint is the Trainer's own state and a pointer into the journal. Resuming runs the Trainer's own loop from the
 last checkpoint (else from the start), takes losses from the journal until its end, and goes on from there.
 
-Invariant: no pickle is read, and none is left behind.
+Invariant: no pickle is read.
 """
 
 import logging
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import has_length, rotate_checkpoints
+from transformers.trainer_utils import has_length
 
 from zo2trl.engine.opening import has_run
 from zo2trl.engine.step import Engine
 from zo2trl.errors import CheckpointError, ConfigError
 from zo2trl.tiers.ingest import load_mapped
-from zo2trl.tiers.journal import MarkKind
 from zo2trl.tiers.tier import Source
 from zo2trl.trainers import checkpoint
-from zo2trl.trainers.metrics import StepMetrics
-from zo2trl.trainers.recording import RecordingMixin
+from zo2trl.trainers.parallel import refuse_other_number
 from zo2trl.trainers.replaying import (
     Replay,
     ResumePoint,
@@ -35,33 +34,23 @@ from zo2trl.trainers.replaying import (
     compare_settings,
     locate,
     note_origin,
-    note_start,
     refuse_other_rates,
     refuse_other_training,
     settings_of,
 )  # fmt: skip
-from zo2trl.trainers.states import (
-    RNG_NAME,
-    read_rng,
-    read_schedule,
-    rng_state,
-    set_rng_state,
-    write_rng,
-    write_schedule,
-)
+from zo2trl.trainers.saving import FULL_WEIGHTS, WEIGHTS, SavingMixin
+from zo2trl.trainers.states import RNG_NAME, read_rng, read_schedule, rng_state, set_rng_state
 
-__all__ = ["ResumingMixin", "save_processing_class"]
+__all__ = ["ResumingMixin"]
 
 _Base = Trainer if TYPE_CHECKING else object
 
 logger = logging.getLogger(__name__)
 
 _CURE = "Pass its folder as `model` to begin a run from its weights."
-FULL_WEIGHTS = "model*.safetensors"
-WEIGHTS = (FULL_WEIGHTS, "adapter_model.safetensors")
 
 
-class ResumingMixin(RecordingMixin, _Base):
+class ResumingMixin(SavingMixin, _Base):
     """The part of `ZOTrainerMixin` that makes a run survive."""
 
     args: Any
@@ -70,11 +59,8 @@ class ResumingMixin(RecordingMixin, _Base):
     engine: Engine
     _resumes_at: ResumePoint | None = None
     _takes_weights_from_checkpoint = False
-    _saves_checkpoint = False
     _begins_a_training: bool
-    _random_state_of_epoch: Any = None
-    _step_offset: int | None
-    _step_metrics: StepMetrics
+    _micro_batches: list[tuple[Any, Any]]
     _base_path: str | None
 
     # -- where to start
@@ -83,13 +69,14 @@ class ResumingMixin(RecordingMixin, _Base):
         """Bring the weights to the journal's end, and have the loop go through the steps up to there."""
         self._takes_weights_from_checkpoint = False
         folder = Path(wanted) if isinstance(wanted, str) else None
-        if not has_run(Path(self.args.store_dir)):
+        refuse_other_number(Path(self.args.store_dir), self.ranks)
+        if not self._all_have_runs():
             self._resume_from_weights(folder)
             return
         self._continue_run()
         compare_settings(self.engine, settings_of(self))
         self._forget_counters()
-        point = self._last_point() if folder is None else locate(_point_of(folder), self.engine)
+        point = self._agreed_point(folder)
         if point.folder is not None and not has_length(self.train_dataset) and can_start_over(self.engine):
             # The Trainer cannot find its place in a stream again; going through all of it is what skipping costs, too.
             point = locate(ResumePoint(), self.engine)
@@ -99,6 +86,41 @@ class ResumingMixin(RecordingMixin, _Base):
         logger.info(
             "Resuming from %s: %d steps are taken from the journal.", point.folder or "the start", self._replay.n_left
         )
+
+    def _all_have_runs(self) -> bool:
+        known = self.ranks.tell("runs in the stores", has_run(self._own_store_dir))
+        if any(known) and not all(known):
+            raise ConfigError(
+                f"`store_dir` {self.args.store_dir} holds the stores of {sum(known)} processes, and there are "
+                f"{len(known)}; that of rank {known.index(False)} is missing. If the run was made by {sum(known)}, "
+                f"launch so many. If a folder was lost, put a copy of rank-{known.index(True)} in its place: all hold "
+                "the same weights and steps."
+            )
+        return known[0]
+
+    def _agreed_point(self, folder: Path | None) -> ResumePoint:
+        """The same point in all processes, each with its own random numbers."""
+        found = self._last_point() if folder is None and self.ranks.rank == 0 else None
+        if self.ranks.size > 1 and folder is None:
+            told = self.ranks.tell("checkpoint to resume from", str(found.folder) if found and found.folder else None)
+            folder = None if told[0] is None else Path(told[0])
+        if found is None:
+            found = locate(ResumePoint() if folder is None else _point_of(folder), self.engine)
+        self.ranks.agree_on(
+            "The step to resume from", {"position in the journal": found.position, "first step": found.step_offset}
+        )
+        own = None if found.folder is None else self.engine.store.logbook.get("checkpoint", found.position)
+        if self.ranks.rank == 0 or own is None:
+            return found
+        return replace(found, counters={**found.counters, "data": own["data"], "epoch": own["epoch"]}, rng=own["rng"])
+
+    def _read_rng(self) -> None:
+        point = self._resumes_at
+        assert point is not None and point.folder is not None
+        if point.rng is None:
+            read_rng(point.folder / RNG_NAME)
+        else:
+            set_rng_state(point.rng, where=self.engine.store.logbook.path)
 
     def _last_point(self) -> ResumePoint:
         """The last whole checkpoint of this training, else its start."""
@@ -133,10 +155,33 @@ class ResumingMixin(RecordingMixin, _Base):
     def _start_at(self, point: ResumePoint) -> None:
         self._resumes_at, self._step_offset = point, point.step_offset
         if point.folder is not None:
-            read_rng(point.folder / RNG_NAME)  # samplers take their seed from it when they are made
+            self._read_rng()  # samplers take their seed from it when they are made
             self._randomness.start(point.counters.get("data"))
         else:
             self._restore_random_state_at_start()
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """A batch did not fit: what upstream begins again, on the weights so far, is another training in the journal.
+
+        Raises:
+            ConfigError: a run is being resumed, whose steps were made of larger batches, or other processes go on.
+        """
+        if batch_size != self._train_batch_size:
+            tried = f"Out of memory with `per_device_train_batch_size={self._train_batch_size}`"
+            if self.args.world_size > 1:
+                raise ConfigError(
+                    f"{tried} in one of {self.args.world_size} processes, which all have batches of one size. Set it "
+                    f"to {batch_size} or less, and raise `gradient_accumulation_steps`."
+                )
+            if self._resumes_at is not None:
+                raise ConfigError(
+                    f"{tried} while a run is being resumed, whose place in the data counts batches of that size. "
+                    "Resume with a smaller `device_memory`, which leaves more to activations, or export the weights "
+                    f"(`zo2trl export`) and start a new run from them with batches of {batch_size}."
+                )
+            self._micro_batches.clear()
+            self._step_offset, self._begins_a_training = None, True
+        super()._update_auto_batch_size(batch_size)  # type: ignore[misc]
 
     def _continue_run(self) -> None:
         """Open the engine on the run in the folder, unless it is open on it."""
@@ -184,7 +229,7 @@ class ResumingMixin(RecordingMixin, _Base):
             if named["steps_trained_in_current_epoch"] and state is not None:
                 set_rng_state(state, where=folder)
             else:
-                read_rng(Path(folder) / RNG_NAME)
+                self._read_rng()
         self._random_state_of_epoch = rng_state()
         super()._run_epoch(**named)  # type: ignore[misc]
 
@@ -224,7 +269,7 @@ class ResumingMixin(RecordingMixin, _Base):
             return
         folder = Path(checkpoint_folder)
         if not self._randomness.was_restored:
-            read_rng(folder / RNG_NAME)
+            self._read_rng()
         assert self._resumes_at is not None
         try:
             self._set_counters(deepcopy(self._resumes_at.counters))
@@ -272,129 +317,18 @@ class ResumingMixin(RecordingMixin, _Base):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    # -- hooks of the Trainer: saving
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """`checkpoint-N` counts from the moment its marker is written, last; only then older ones may go."""
-        if self._replay is not None and self._was_saved_before():
-            self._note_best_checkpoint(trial)
-            if self._replay.is_over:
-                self._rotate(Path(self._get_output_dir(trial=trial)), self.args.save_total_limit)
-            return
-        run_dir = Path(self._get_output_dir(trial=trial))
-        folder = run_dir / f"checkpoint-{self.state.global_step}"
-        checkpoint.begin_checkpoint(folder)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self._saves_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            self._saves_checkpoint = False
-            self.args.save_total_limit = limit
-        store = self.engine.store
-        position = len(store.records)
-        checkpoint.commit_checkpoint(
-            folder,
-            checkpoint.Pointer(
-                store=self._relative_store(run_dir), store_id=str(store.journal.header["store"]), position=position,
-                step=self.state.global_step, step_offset=self._step_offset or 0,
-                fingerprint=store.journal.fingerprint(position), counters=self._counters(),
-            ),
-        )  # fmt: skip
-        store.journal.append_mark(MarkKind.SAVED, step=self.state.global_step)
-        self._rotate(run_dir, limit)
-
-    def _rotate(self, run_dir: Path, limit: int | None) -> None:
-        best = self.state.best_model_checkpoint
-        rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
-
-    def _was_saved_before(self) -> bool:
-        assert self._replay is not None
-        if not self._replay.is_over:
-            return True  # or was not to be saved then: the weights of this step are not at hand now
-        folder = Path(self._get_output_dir(None)) / f"checkpoint-{self.state.global_step}"
-        return self._replay.was_marked(MarkKind.SAVED) and (folder / checkpoint.MARKER_NAME).is_file()
-
-    def _note_best_checkpoint(self, trial: Any) -> None:
-        if self.state.best_global_step:
-            best = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.best_global_step}"
-            if best.exists():
-                self.state.best_model_checkpoint = str(best)
-
-    def _relative_store(self, run_dir: Path) -> str | None:
-        store, home = Path(self.args.store_dir).resolve(), run_dir.resolve()
-        return str(store.relative_to(home)) if store.is_relative_to(home) and store != home else None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if self._saves_checkpoint and not self._wants_full_weights():
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_without_weights(self.model, self.processing_class, folder)
-        else:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
-        checkpoint.write_arguments(self.args, folder)
-
-    def _wants_full_weights(self) -> bool:
-        pushes = self.args.push_to_hub and self.args.hub_strategy != "end"
-        return self.args.save_full_weights or pushes or not isinstance(self.model, PreTrainedModel | _peft_model())
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        write_schedule(Path(output_dir), self.optimizer, self.lr_scheduler)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        """Nothing is scaled."""
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        write_rng(Path(output_dir) / RNG_NAME)
-
-    def _note_start(self, step_offset: int) -> None:
-        note_start(self.engine, step_offset, randomness=self._random_state_at_start, settings=settings_of(self))
-
-    # -- what is left over between two logs
-
-    def _counters(self) -> dict[str, Any]:
-        return {
-            "tr_loss": self._tr_loss.item(),
-            "globalstep_last_logged": self._globalstep_last_logged,
-            "step_metrics": self._step_metrics.state(),
-            "data": self._randomness.state(),
-            "epoch": self._random_state_of_epoch,
-        }
-
-    def _forget_counters(self) -> None:
-        """What an interrupted training of this very trainer has left over since its last log."""
-        self._step_metrics = StepMetrics()
-        self.current_flos = 0
-
-    def _set_counters(self, counters: dict[str, Any]) -> None:
-        self._tr_loss.fill_(counters["tr_loss"])
-        # The mean loss that `train` returns is of the steps it made itself.
-        self._total_loss_scalar = -self._tr_loss.item()
-        self._globalstep_last_logged = counters["globalstep_last_logged"]
-        self._step_metrics.set_state(counters["step_metrics"])
-
 
 def _point_of(folder: Path) -> ResumePoint:
     return _point(checkpoint.read_checkpoint(folder))
 
 
 def _point(found: checkpoint.Checkpoint) -> ResumePoint:
+    if not (found.folder / RNG_NAME).exists():
+        raise CheckpointError(
+            f"{found.folder} was saved with `save_only_model=True`: it holds weights, and no state to resume from. "
+            f"Resume from the journal alone with `resume_from_checkpoint=True`. {_CURE}"
+        )
     return ResumePoint(
         folder=found.folder, store_id=found.store_id, fingerprint=found.fingerprint, position=found.position,
         step_offset=found.step_offset, counters=found.counters,
     )  # fmt: skip
-
-
-def save_processing_class(processing_class: Any, folder: Path) -> None:
-    """A tokenizer or processor, if there is one, into a folder."""
-    if processing_class is not None:
-        processing_class.save_pretrained(folder)
-
-
-def _peft_model() -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        return PreTrainedModel
-    return PeftModel

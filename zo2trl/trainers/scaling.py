@@ -3,9 +3,14 @@
 The Trainer hands `num_items_in_batch` to every model that accepts keyword arguments and then takes the loss to be
 normalised by it. Several model classes (sequence classification, masked LM, T5) accept it and average over their own
 batch all the same; their loss would be multiplied by the number of micro-batches. So we ask the loss itself, once.
+
+With several processes the Trainer (and TRL) multiply a loss by their number, because DDP would average over them; a
+loss of the user's own may not, and one that averages over its own batch should not have been. We sum over processes.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,9 +20,10 @@ __all__ = ["LossScaling"]
 
 
 class LossScaling:
-    """Decides once per trainer whether its loss consumes `num_items_in_batch`."""
+    """Decides once per trainer whether its loss consumes `num_items_in_batch`, and if it was multiplied."""
 
     _consumes: bool | None = None
+    _was_multiplied: bool | None = None
 
     def find_out(self, trainer: Any, model: nn.Module, batches: list[tuple[Any, Any]]) -> None:
         """Compare losses of one micro-batch with the losses when told that there are twice as many items.
@@ -25,29 +31,61 @@ class LossScaling:
         Undecided micro-batches (no label that counts, a loss that is not finite) are passed over; if there is no
         other, the next step is asked.
         """
-        if self._consumes is not None or len(batches) == 1 or self._declared(trainer) is not None:
+        n_shares = trainer.ranks.n_shares_of_data
+        if self._consumes is not None or len(batches) * n_shares == 1 or batches[0][1] is None:
             return
-        for inputs, n_items in batches:
-            if n_items is None:
-                return
-            looks = [partial(self._loss_given, trainer, model, inputs, items) for items in (n_items, 2 * n_items)]
-            once, twice = (abs(float(value.mean())) for value in trainer.engine.run_clean(looks))
-            if math.isfinite(once) and once > 0.0:
-                self._consumes = twice < 0.75 * once
-                return
+        if trainer.objective is not None or (n_shares == 1 and self._declared(trainer) is not None):
+            return
+        found = next(filter(None, (self._look(trainer, model, *batch) for batch in batches)), (-1, -1))
+        told = [row for row in trainer.ranks.gather("scaling of the loss", found) if row[0] >= 0]
+        if told:
+            self._consumes, self._was_multiplied = map(bool, told[0])
 
     def divisor(self, trainer: Any, num_items_in_batch: Any) -> int:
-        """What a micro-batch's loss must be divided by."""
+        """What a micro-batch's loss must be divided by for the sum over micro-batches and processes to be the loss."""
+        n_shares, consumes = trainer.ranks.n_shares_of_data, self._consumes
         normalised = self._declared(trainer)
+        if consumes is None:
+            consumes = num_items_in_batch is not None if normalised is None else normalised
         if normalised is None:
-            normalised = num_items_in_batch is not None if self._consumes is None else self._consumes
-        return 1 if normalised else trainer.current_gradient_accumulation_steps
+            normalised = consumes
+        counts_all = trainer.args.average_tokens_across_devices and num_items_in_batch is not None
+        divisor = 1 if normalised else trainer.current_gradient_accumulation_steps
+        if not (consumes and counts_all):
+            divisor *= n_shares  # each process has normalised over what it has itself
+        multiplies = counts_all and trainer.objective is None
+        return (
+            divisor * n_shares if (multiplies if self._was_multiplied is None else self._was_multiplied) else divisor
+        )
+
+    def _look(self, trainer: Any, model: nn.Module, inputs: Any, n_items: Any) -> tuple[int, int] | None:
+        """(whether a loss depends on the number of items, whether it was multiplied); None: this one does not tell."""
+        looks = [partial(self._loss_given, trainer, model, inputs, items) for items in (n_items, 2 * n_items)]
+        once, twice = (abs(float(value.mean())) for value in trainer.engine.run_clean(looks))
+        if not math.isfinite(once) or once == 0.0:
+            return None
+        if trainer.ranks.n_shares_of_data == 1:
+            return int(twice < 0.75 * once), 0
+        with _not_averaging(trainer.args):  # in a march of its own: passes take turns
+            (alone,) = (abs(float(value.mean())) for value in trainer.engine.run_clean(looks[:1]))
+        return int(twice < 0.75 * once), int(alone < 0.75 * once)
 
     def _declared(self, trainer: Any) -> bool | None:
+        if trainer.objective is not None:
+            return trainer.divides_by_items
         if trainer.compute_loss_func is not None:
-            return True
+            return None  # some functions divide by the number of items they are told, some are means of their batch
         return getattr(trainer, "loss_is_scaled_for_ga", None)
 
     def _loss_given(self, trainer: Any, model: nn.Module, inputs: Any, n_items: Any) -> Any:
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(model, dict(inputs), num_items_in_batch=n_items)
+
+
+@contextmanager
+def _not_averaging(args: Any) -> Iterator[None]:
+    asked, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = asked

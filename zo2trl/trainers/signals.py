@@ -12,6 +12,7 @@ one is called as ever, or at the end of a held section. To stop the training it 
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,9 +21,11 @@ from typing import Any
 
 from zo2trl.tiers.interrupts import HELD, Holding
 
-__all__ = ["stop_if_asked", "stopping_on_signals"]
+__all__ = ["ending_in_time", "stop_if_asked", "stopping_on_signals"]
 
 logger = logging.getLogger(__name__)
+
+MAX_WAIT_S = 15.0  # of a process that others may have left alone; launchers end it after 30
 
 _USUAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
@@ -85,6 +88,55 @@ def stopping_on_signals() -> Iterator[None]:
         for number in reversed(HELD):  # Ctrl-C last: what it raises once it is back has nothing to skip
             if signal.getsignal(number) is stop:
                 signal.signal(number, _USUAL[number])
+
+
+@contextmanager
+def ending_in_time(after_s: float = MAX_WAIT_S) -> Iterator[None]:
+    """Inside, a process that SIGTERM has not ended after so long ends at once: it waits in a library for others.
+
+    Python runs a handler when the library returns, which may wait for a process that has died (NCCL: 10 minutes). To
+    be entered in `stopping_on_signals`; nothing happens if somebody else handles SIGTERM.
+    """
+    stop = _running
+    if stop is None or signal.getsignal(signal.SIGTERM) is not stop:
+        yield
+        return
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    thread = threading.Thread(target=_end_when_told, args=(heard, after_s), name="zo2trl-signals", daemon=True)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)  # the system's own handler writes to it
+    _wakes.add(told.fileno())
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        _wakes.discard(told.fileno())
+        told.send(_OVER)  # closing it would not do: workers that were forked meanwhile have it open, too
+        thread.join()
+        told.close()
+        heard.close()
+
+
+def _end_when_told(heard: socket.socket, after_s: float) -> None:
+    try:
+        while _OVER not in (said := heard.recv(64)):
+            if signal.SIGTERM in said and heard.gettimeout() is None:
+                heard.settimeout(after_s)
+    except TimeoutError:
+        os._exit(128 + signal.SIGTERM)
+
+
+_OVER = b"\0"  # no signal has this number
+_wakes: set[int] = set()
+
+
+def _forget_wakes() -> None:
+    if _wakes:  # a forked worker that is told to end must not tell its parent
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_wakes)
 
 
 def stop_if_asked() -> None:

@@ -24,8 +24,8 @@ from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.strict_json import JSON, Fields, read_json, write_json
 
 __all__ = [
-    "RNG_NAME", "decode_state", "encode_state", "read_rng", "read_schedule", "rng_state", "set_rng_state", "write_rng",
-    "write_schedule",
+    "OPTIMIZER_NAME", "RNG_NAME", "SCHEDULER_NAME", "decode_state", "encode_state", "read_rng", "read_schedule",
+    "rng_state", "set_rng_state", "write_rng", "write_schedule",
 ]  # fmt: skip
 
 RNG_NAME = "rng_state.json"

@@ -1,9 +1,12 @@
 """Arguments of transformers and TRL that forward-only training cannot honour: refused, or warned about.
 
+Does not: know what becomes of which argument (fields.py); it finds out which ones the user changed, and says so.
+
 Invariant: an argument the user changed is honoured, warned about, or refused; never silently ignored.
 """
 
 import dataclasses
+import inspect
 import os
 import warnings
 from typing import Any
@@ -11,47 +14,54 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zo2trl.errors import ConfigError, UnsupportedError
+from zo2trl.trainers.fields import REFUSED, SUPPORTED, WITHOUT_EFFECT
 
-__all__ = ["check_arguments", "check_optimizers"]
+__all__ = ["check_arguments", "check_optimizers", "upstream_fields"]
 
-_NO_BACKWARD = "there is no backward pass"
-_NO_OPTIMIZER = "a step is stochastic gradient descent on the projected gradient, without optimizer state"
-_NOT_COMPILED = "the weights of a block change places between passes, so the model is run as it is"
+_NO_OPTIMIZER = WITHOUT_EFFECT["optim"]
 
-WITHOUT_EFFECT = {
-    "gradient_checkpointing_kwargs": _NO_BACKWARD,
-    "activation_checkpointing_kwargs": _NO_BACKWARD,
-    "optim": _NO_OPTIMIZER,
-    "optim_args": _NO_OPTIMIZER,
-    "optim_target_modules": _NO_OPTIMIZER,
-    "adam_beta1": _NO_OPTIMIZER,
-    "adam_beta2": _NO_OPTIMIZER,
-    "adam_epsilon": _NO_OPTIMIZER,
-    "neftune_noise_alpha": "probes run without any random noise but their own, in eval mode",
-    "torch_compile": _NOT_COMPILED,
-    "torch_compile_backend": _NOT_COMPILED,
-    "torch_compile_mode": _NOT_COMPILED,
-    "ddp_static_graph": "models are not wrapped in DDP",
-    "ddp_find_unused_parameters": "models are not wrapped in DDP",
-    "ddp_bucket_cap_mb": "models are not wrapped in DDP",
-    "ddp_broadcast_buffers": "models are not wrapped in DDP",
-}
-"""Field -> why it changes nothing. Checked against the field's default, so that only a user's choice is reported."""
+_SWITCHED_OFF = (
+    "gradient_checkpointing", "activation_checkpointing", "enable_jit_checkpoint", "use_liger_kernel",
+)  # fmt: skip
+"""What upstream would act on if it stayed true."""
+
+_UPSTREAM = ("transformers", "trl")
+
+
+def upstream_fields(config_class: type) -> dict[str, dataclasses.Field[Any]]:
+    """Fields of a config class that transformers or TRL declare, by name, in the order of the class."""
+    declared = {
+        name
+        for base in config_class.__mro__
+        if base.__module__.split(".")[0] in _UPSTREAM
+        for name in inspect.get_annotations(base)
+    }
+    return {f.name: f for f in dataclasses.fields(config_class) if f.name in declared}
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Warn about choices without effect, switch gradient checkpointing off, and refuse what cannot work.
+    """Warn about choices without effect, switch off what upstream would act on, and refuse what cannot work.
 
     Raises:
         UnsupportedError: names the argument, the reason and the way out.
     """
-    _switch_checkpointing_off(args)
-    for name, default in {f.name: f.default for f in dataclasses.fields(args)}.items():
-        if name in WITHOUT_EFFECT and getattr(args, name) != _plain(default):
+    chosen = [name for name, field in upstream_fields(type(args)).items() if _is_chosen(args, field)]
+    for name in chosen:
+        value = getattr(args, name)
+        if name in REFUSED:
+            raise UnsupportedError(f"`{name}={value!r}` cannot work with ZO training: {REFUSED[name]}")
+        if name in WITHOUT_EFFECT:
+            warnings.warn(f"`{name}={value!r}` has no effect in ZO training: {WITHOUT_EFFECT[name]}.", stacklevel=4)
+        elif name not in SUPPORTED:
             warnings.warn(
-                f"`{name}={getattr(args, name)!r}` has no effect in ZO training: {WITHOUT_EFFECT[name]}.", stacklevel=4
+                f"`{name}={value!r}` is newer than this zo2trl, which has not been tried with it: it is handed on to "
+                "the trainer as it is. docs/support.md lists the arguments that are known.",
+                stacklevel=4,
             )
-    _refuse(args)
+    for name in _SWITCHED_OFF:
+        if getattr(args, name, False):
+            setattr(args, name, False)
+    _refuse_launchers(args)
 
 
 def check_optimizers(given: dict[str, Any]) -> None:
@@ -74,36 +84,23 @@ def check_optimizers(given: dict[str, Any]) -> None:
         )
 
 
-def _plain(default: Any) -> Any:
-    return None if default is dataclasses.MISSING else default
+def _is_chosen(args: TrainingArguments, field: dataclasses.Field[Any]) -> bool:
+    """Whether a value is none that upstream or we would have put there."""
+    value = getattr(args, field.name)
+    if field.name in REFUSED or field.name in _SWITCHED_OFF:
+        # Upstream fills in defaults here: empty tables, and False for what was not set.
+        given = any(value.values()) if isinstance(value, dict) else value
+        return bool(given) and value != _default(field)
+    return value != _default(field)
 
 
-def _switch_checkpointing_off(args: TrainingArguments) -> None:
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        if getattr(args, name, False):
-            warnings.warn(
-                f"`{name}=True` is ignored: {_NO_BACKWARD}, so no activations are kept that could be recomputed.",
-                stacklevel=5,
-            )
-            setattr(args, name, False)
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _refuse(args: TrainingArguments) -> None:
-    own_parameters = "owns the parameters, and so does the tiered store. Remove it: the store already spreads them."
-    refused = {
-        "deepspeed": (args.deepspeed, f"DeepSpeed {own_parameters}"),
-        "fsdp": (args.fsdp, f"FSDP {own_parameters}"),
-        "parallelism_config": (
-            getattr(args, "parallelism_config", None),
-            f"Tensor or context parallelism {own_parameters}",
-        ),
-        "bf16_full_eval": (args.bf16_full_eval, _full_eval("bfloat16")),
-        "fp16_full_eval": (args.fp16_full_eval, _full_eval("float16")),
-        "activation_offloading": (getattr(args, "activation_offloading", False), f"{_NO_BACKWARD}. Remove it."),
-    }
-    for name, (value, why) in refused.items():
-        if value:
-            raise UnsupportedError(f"`{name}={value!r}` cannot work with ZO training: {why}")
+def _refuse_launchers(args: TrainingArguments) -> None:
     if (
         os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
         or os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -112,15 +109,3 @@ def _refuse(args: TrainingArguments) -> None:
             "`accelerate launch` was configured for DeepSpeed or FSDP, which own the parameters, and so does the "
             "tiered store. Launch with `distributed_type: NO`."
         )
-    if args.world_size > 1:
-        raise UnsupportedError(
-            f"`world_size` is {args.world_size}, but this release trains in one process. Launch with `num_processes: "
-            "1`."
-        )
-
-
-def _full_eval(dtype: str) -> str:
-    return (
-        f"it would convert the whole model in memory. Store the weights in that dtype instead "
-        f'(`model_init_kwargs={{"dtype": "{dtype}"}}`), or evaluate under autocast (`bf16=True`).'
-    )

@@ -1,0 +1,32 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["zo2trl"]
+# ///
+"""Reward models with forward passes only: the arguments of TRL's `reward` script, and of `ZORewardConfig`.
+
+# Full weights; the head is drawn, and trained like everything else
+python recipes/reward.py \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --dataset_name trl-lib/ultrafeedback_binarized \
+    --learning_rate 1e-6 \
+    --per_device_train_batch_size 16 \
+    --max_steps 2000 \
+    --output_dir qwen3-0.6b-reward
+
+# Adapters, and the head beside them (without `--lora_modules_to_save score` it would stay as it was drawn)
+python recipes/reward.py \
+    --model_name_or_path Qwen/Qwen3-14B \
+    --dataset_name trl-lib/ultrafeedback_binarized \
+    --use_peft --lora_task_type SEQ_CLS --lora_modules_to_save score \
+    --learning_rate 1e-4 --zo_eps 1e-2 \
+    --device_memory 8GB --cpu_memory 32GB \
+    --max_steps 2000 \
+    --output_dir qwen3-14b-reward
+
+The same as `zo2trl reward`, to be copied and changed. Needs zo2trl to be installed (`pip install -e .` in a clone).
+"""
+
+from zo2trl.trainers.scripts import main
+
+if __name__ == "__main__":
+    main("reward")

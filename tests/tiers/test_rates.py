@@ -1,0 +1,63 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from zo2trl.tiers.probe import measure_rates
+from zo2trl.tiers.rates import cache_file, identity, load_rates, save_rates, typical_rates
+
+CPU = torch.device("cpu")
+
+
+def test_rates_are_found_again_for_the_same_machine_and_no_other(tmp_path: Path) -> None:
+    file, key = tmp_path / "cache" / "rates.json", identity(CPU, tmp_path)
+    known, other = replace(typical_rates("cpu"), measured_at=5.0), replace(typical_rates("cuda"), sync_s=1.0)
+    assert load_rates(key, file=file) is None
+    save_rates(key, known, file=file)
+    save_rates("another machine", other, file=file)
+    assert load_rates(key, file=file) == known and load_rates("another machine", file=file) == other
+    assert load_rates("a third", file=file) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"KEY": 3}', '{"KEY": {"flops": {}}}', "{", '{"KEY": {"sync_s": NaN}}'])
+def test_a_cache_that_makes_no_sense_is_measured_again(tmp_path: Path, text: str) -> None:
+    file, key = tmp_path / "rates.json", identity(CPU, tmp_path)
+    file.write_text(text.replace("KEY", key))
+    assert load_rates(key, file=file) is None
+    save_rates(key, typical_rates("cpu"), file=file)
+    assert load_rates(key, file=file) == typical_rates("cpu")
+
+
+def test_a_cache_that_nobody_may_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("no folder")
+    assert load_rates("any") is None
+
+
+def test_the_drive_is_part_of_the_machine(tmp_path: Path) -> None:
+    assert identity(CPU, tmp_path) == identity(CPU, tmp_path / "not" / "there" / "yet")
+    assert identity(CPU, Path("/proc")) != identity(CPU, tmp_path)
+
+
+def test_the_cache_is_where_users_keep_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_file() == tmp_path / "zo2trl" / "rates.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_file() == Path.home() / ".cache" / "zo2trl" / "rates.json"
+
+
+def test_a_probe_finds_positive_rates_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # threads that draw live as long as the process
+    monkeypatch.setattr("zo2trl.tiers.probe.PART_S", 0.01)
+    monkeypatch.setattr("zo2trl.tiers.probe.DRIVE_S", 0.05)
+    monkeypatch.setattr("zo2trl.tiers.probe.MAX_FILE_BYTES", 32 << 20)
+    found = measure_rates(CPU, tmp_path)
+    numbers = [*found.flops.values(), found.moved_bytes, found.operation_s, found.upload_bytes, found.download_bytes]
+    numbers += [found.disk_read_bytes, found.disk_write_bytes, found.disk_cpu_s, found.sync_s, found.measured_at]
+    numbers += [number for visit in found.visits.values() for number in (visit.alone_s, visit.pair_s)]
+    assert min(numbers) > 0
+    assert found.visit(dtype="float32", direction="rademacher", rounding="nearest").step_s >= 0
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,216 @@
+"""`zo2trl plan MODEL`: what a training would move, hold and take, before there is one.
+
+Does not: load weights or train. It takes the arguments of `zo2trl sft`, so a training's own `--config` file will do.
+Invariant: results go to stdout, as a table or with `--json` as one object; what takes time says so on stderr.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from zo2trl.errors import BudgetError, StoreError
+
+if TYPE_CHECKING:
+    from zo2trl.tiers.rates import MachineRates
+    from zo2trl.trainers.planning import Planned
+
+__all__ = ["run"]
+
+WORTH = 1.02  # a gain below this is no advice
+
+
+@dataclass
+class PlanArguments:
+    """
+    Arguments of `zo2trl plan` beside those of `zo2trl sft`.
+
+    Parameters:
+        json (`bool`, *optional*, defaults to `False`):
+            Print one JSON object instead of tables.
+        probe (`str`, *optional*, defaults to `"once"`):
+            When this machine's rates are measured: `"once"` and kept, `"again"`, or `"never"`.
+    """
+
+    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of tables."})
+    probe: str = field(
+        default="once",
+        metadata={
+            "help": 'When this machine\'s rates are measured (ten seconds): "once" and kept, "again" or "never".',
+            "choices": ["once", "again", "never"],
+        },
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the plan.
+
+    Raises:
+        ConfigError: an argument cannot work, or nobody knows it.
+    """
+    from zo2trl.cli.store import be_quiet
+
+    be_quiet()
+    plan_args, args, model_args = _parse(argv)
+    from zo2trl.trainers.planning import plan_training
+
+    process_bytes = _anonymous_bytes()
+    rates = _rates(args, probe=plan_args.probe)
+
+    def plan(args: Any, model_args: Any) -> "Planned":
+        return plan_training(args, model_args, rates=rates, process_bytes=process_bytes)
+
+    planned = plan(args, model_args)
+    report = _report(planned, args, model_args, rates=rates)
+    report["advice"] = _advice(planned, args, model_args, plan=plan)
+    if plan_args.json:
+        print(json.dumps(report, allow_nan=False))
+    else:
+        from zo2trl.cli.plan_table import print_report
+
+        print_report(report)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> tuple[PlanArguments, Any, Any]:
+    from zo2trl.trainers.planning import plan_parser
+    from zo2trl.trainers.scripts import parse
+
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv[:1] = ["--model_name_or_path", argv[0]]
+    plan_args, _, args, model_args, _ = parse(plan_parser(PlanArguments), argv, fail_with_unknown_args=False)
+    return plan_args, args, model_args
+
+
+def _rates(args: Any, *, probe: str) -> "MachineRates":
+    from zo2trl.tiers.rates import identity, load_rates, save_rates, typical_rates
+
+    key = identity(args.device, Path(args.store_dir))
+    found = None if probe == "again" else load_rates(key)
+    if found is None and probe != "never":
+        from zo2trl.tiers.probe import measure_rates
+
+        print("Measuring this machine (about ten seconds, kept for later) ...", file=sys.stderr, flush=True)
+        found = measure_rates(args.device, Path(args.store_dir))
+        try:
+            save_rates(key, found)
+        except (OSError, RuntimeError, StoreError) as error:
+            print(f"They cannot be kept, and will be measured again: {error}", file=sys.stderr)
+    return found or typical_rates(args.device.type)
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that no file backs; where the system does not say, what nobody shares."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return psutil.Process().memory_full_info().uss
+    sizes = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return sum(int(sizes[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
+# -- the report
+
+
+def _report(planned: "Planned", args: Any, model_args: Any, *, rates: "MachineRates") -> dict[str, Any]:
+    found = planned.forecast
+    placement = found.plan.placement
+    every = {tier: found.every.get(tier, 1) for tier in ("gpu", "cpu", "disk")}
+    n_steps = args.max_steps if args.max_steps > 0 else None
+    return {
+        "model": model_args.model_name_or_path,
+        "parameters": planned.n_parameters,
+        "trainable_parameters": planned.n_trainable,
+        "device": str(planned.options.device),
+        "tokens_per_step": found.tokens,
+        "units": [
+            {"name": unit.name, "tier": placement.tier_of[unit.index], "bytes": unit.n_bytes, "kind": unit.kind}
+            for unit in found.plan.layout.units
+        ],
+        "granularity": "leaf" if found.plan.layout.leaf_blocks else "block",
+        "write_back_every": every,
+        "device_bytes": placement.device_bytes,
+        "ring_bytes": placement.ring_bytes,
+        "scratch_bytes": placement.scratch_bytes * placement.scratch_copies,
+        "bytes_per_step": asdict(found.links),
+        "disk_written_bytes_per_run": None if n_steps is None else found.links.disk_written * n_steps,
+        "device_peak_bytes": found.peaks.device,
+        "pinned_peak_bytes": found.peaks.pinned,
+        "host_peak_bytes": found.peaks.host,
+        "disk_peak_bytes": found.peaks.disk,
+        "seconds_per_step": found.step_s,
+        "seconds": {
+            "forwards": found.forward_s, "visits": found.visit_s, "upload": found.upload_s, "disk": found.disk_s,
+        },
+        "tokens_per_second": found.tokens_per_s,
+        "seconds_per_run": None if n_steps is None else found.step_s * n_steps,
+        "bound": found.bound,
+        "hiding_tokens_per_step": found.hiding_tokens,
+        "counted": planned.is_counted,
+        "machine": {**asdict(rates), "age_s": rates.age_s},
+    }  # fmt: skip
+
+
+# -- the one option that would help most
+
+
+def _advice(
+    planned: "Planned", args: Any, model_args: Any, *, plan: Callable[..., "Planned"]
+) -> dict[str, Any] | None:
+    """Plans with one option changed are made, and the one with the most tokens per second is named."""
+    best: dict[str, Any] | None = None
+    for option, changed_args, changed_model in _neighbours(planned, args, model_args):
+        try:
+            other = plan(changed_args, changed_model)
+        except BudgetError:
+            continue
+        gain = other.forecast.tokens_per_s / planned.forecast.tokens_per_s
+        if gain > max(WORTH, best["gain"] if best else 0.0):
+            best = {
+                "option": option, "gain": gain, "seconds_per_step": other.forecast.step_s,
+                "tokens_per_second": other.forecast.tokens_per_s, "bound": other.forecast.bound,
+            }  # fmt: skip
+    return best
+
+
+def _neighbours(planned: "Planned", args: Any, model_args: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(what to write on the command line, arguments with it) of plans that this machine could run."""
+    from zo2trl.tiers.machine import free_device_bytes
+
+    found, budgets = planned.forecast, planned.options.budgets
+    tiers = set(found.plan.placement.tier_of.values())
+    free = free_device_bytes(planned.options.device)
+    if tiers - {"gpu"}:
+        more = 2 * (budgets.device if budgets.device != "min" else found.peaks.device)
+        if more <= free:
+            yield _with(args, model_args, device_memory=f"{more // 10**6}MB")
+        if "disk" in tiers:
+            n_bytes = sum(unit.n_bytes for unit in found.plan.layout.units)
+            yield _with(args, model_args, cpu_memory=_least(n_bytes, psutil.virtual_memory().available))
+        steps = args.gradient_accumulation_steps
+        yield _with(args, model_args, gradient_accumulation_steps=2 * steps)
+    yield _with(args, model_args, per_device_train_batch_size=2 * args.per_device_train_batch_size)
+    if model_args.dtype == "float32" or any(
+        spec.dtype.itemsize > 2 for unit in found.plan.layout.units for spec in unit.tensors if unit.kind == "block"
+    ):
+        yield "--dtype bfloat16", args, replace(model_args, dtype="bfloat16")
+    if args.write_back_every != "auto":
+        yield _with(args, model_args, write_back_every="auto")
+    if args.granularity == "leaf":
+        yield _with(args, model_args, granularity="block")
+
+
+def _least(wanted: int, free: int) -> str:
+    return f"{min(-(-wanted // 10**6), int(free * 0.7) // 10**6)}MB"
+
+
+def _with(args: Any, model_args: Any, **changed: Any) -> tuple[str, Any, Any]:
+    other = copy.copy(args)
+    for name, value in changed.items():
+        setattr(other, name, value)
+    return " ".join(f"--{name} {value}" for name, value in changed.items()), other, model_args

@@ -1,0 +1,225 @@
+"""Forecast: what a step will move, hold and take, from the very plan that a run opens with.
+
+Does not: place anything (opening.py, tiers/placement.py), count operations (workload.py), or know this machine: rates
+are the caller's.
+Invariant: bytes and places are those of the plan. Seconds, and what a process holds beside weights, are estimates.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from zo2trl.engine.opening import EngineOptions, Plan, write_back_intervals
+from zo2trl.engine.workload import Workload
+from zo2trl.tiers.disk import CHECK_EVERY
+from zo2trl.tiers.layout import Unit
+from zo2trl.tiers.placement import TierName
+from zo2trl.tiers.rates import MachineRates, VisitCost
+from zo2trl.tiers.readers import PIECE_BYTES
+from zo2trl.tiers.staging import N_PIECES_DOWN, N_PIECES_UP
+
+__all__ = ["Forecast", "Links", "Peaks", "forecast"]
+
+Bound = Literal["compute", "upload", "disk"]
+
+HOST_WORKING_BYTES = 50 << 20  # libraries' threads and packing buffers, noise, the allocator's slack
+WRITER_BYTES = 40 << 20  # versions of units on their way to files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """Bytes of one step on each link, on average over steps."""
+
+    up: float
+    down: float
+    disk_read: float
+    disk_written: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """Bytes at once.
+
+    Attributes:
+        device: weights, ring, scratch and activations; on a CPU-only machine a part of `host`.
+        pinned: home copies in host memory, and staging.
+        host: of the process, beside mapped files.
+        disk: of the store's unit files, with one new version of the largest in the making. Frozen units are read from
+            the checkpoint itself.
+    """
+
+    device: int
+    pinned: int
+    host: int
+    disk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """One step in the steady state.
+
+    Attributes:
+        plan, every: where units live; steps between write-backs, by tier.
+        links, peaks: bytes.
+        forward_s, visit_s, upload_s, disk_s: seconds of the parts; the step takes the longest of what runs at once.
+        tokens: in a step, all micro-batches.
+        step_s: seconds of a step.
+        bound: what it waits for.
+        hiding_tokens: tokens a step from which computing hides the transfer; 0 if nothing is moved.
+    """
+
+    plan: Plan
+    every: Mapping[TierName, int]
+    links: Links
+    peaks: Peaks
+    forward_s: float
+    visit_s: float
+    upload_s: float
+    disk_s: float
+    tokens: int
+    step_s: float
+    bound: Bound
+    hiding_tokens: int
+
+    @property
+    def compute_s(self) -> float:
+        """Forwards and visits."""
+        return self.forward_s + self.visit_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Trained on."""
+        return self.tokens / self.step_s
+
+
+def forecast(
+    plan: Plan,
+    options: EngineOptions,
+    workload: Workload,
+    *,
+    rates: MachineRates,
+    n_micro_batches: int,
+    tokens: int,
+    passes_per_march: int = 1 << 30,
+    process_bytes: int = 0,
+) -> Forecast:
+    """What a step takes.
+
+    Args:
+        plan: of `plan_engine` with the same `options`.
+        workload: of one pass over one micro-batch.
+        tokens: in all micro-batches.
+        passes_per_march: a step with more passes marches through the model several times.
+        process_bytes: what a process holds before it opens a store (libraries).
+    """
+    on_cpu = options.device.type == "cpu"
+    every = write_back_intervals(plan.layout, plan.placement, options)
+    n_probes = 2 * options.num_directions
+    n_passes, per_march = n_probes * n_micro_batches, max(passes_per_march // n_probes, 1)
+    n_marches, n_together = -(-n_micro_batches // per_march), min(n_passes, n_probes * per_march)
+    links = _links(plan, every, on_cpu=on_cpu, n_marches=n_marches)
+    forward_s = n_passes * _pass_s(workload, rates, on_cpu=on_cpu)
+    units = plan.layout.units
+    visit_s = sum(_visit_s(u, plan, every, options=options, rates=rates, n_marches=n_marches) for u in units)
+    visit_s += rates.sync_s
+    disk_s = links.disk_read / rates.disk_read_bytes + links.disk_written / rates.disk_write_bytes
+    if on_cpu:  # the cores that compute also copy and check
+        visit_s += links.up / rates.upload_bytes + links.down / rates.download_bytes
+        checked = links.disk_read * (1 if every.get("disk", 1) == 1 else 1 / CHECK_EVERY) + links.disk_written
+        visit_s += checked * rates.disk_cpu_s / rates.cores
+        upload_s = 0.0
+    else:
+        upload_s = max(links.up / rates.upload_bytes, links.down / rates.download_bytes)
+    lanes: dict[Bound, float] = {"compute": forward_s + visit_s, "upload": upload_s, "disk": disk_s}
+    bound = max(lanes, key=lambda lane: lanes[lane])
+    moving_s = max(upload_s, disk_s)
+    per_token_s = forward_s / tokens
+    return Forecast(
+        plan=plan, every=every, links=links,
+        peaks=_peaks(plan, workload, n_passes=n_together, on_cpu=on_cpu, process_bytes=process_bytes),
+        forward_s=forward_s, visit_s=visit_s, upload_s=upload_s, disk_s=disk_s, tokens=tokens,
+        step_s=lanes[bound], bound=bound,
+        hiding_tokens=max(round((moving_s - visit_s) / per_token_s), 0) if moving_s else 0,
+    )  # fmt: skip
+
+
+def _pass_s(workload: Workload, rates: MachineRates, *, on_cpu: bool) -> float:
+    working_s = sum(flops / rates.flops_of(dtype) for dtype, flops in workload.flops.items())
+    working_s += workload.moved_bytes / rates.moved_bytes
+    asking_s = workload.n_operations * rates.operation_s
+    return working_s + asking_s if on_cpu else max(working_s, asking_s)
+
+
+def _links(plan: Plan, every: Mapping[TierName, int], *, on_cpu: bool, n_marches: int) -> Links:
+    moved: Counter[str] = Counter()
+    for unit in plan.layout.units:
+        tier = plan.placement.tier_of[unit.index]
+        read, written = n_marches * unit.n_bytes, unit.n_bytes / every.get(tier, 1) if unit.is_trained else 0.0
+        if tier == "cpu":
+            moved.update({"up": read, "down": written})  # type: ignore[arg-type]
+        elif tier == "disk":
+            moved.update({"disk_read": read, "disk_written": written})  # type: ignore[arg-type]
+            if not on_cpu:
+                moved.update({"up": read, "down": written})  # type: ignore[arg-type]
+    return Links(**{name: float(moved[name]) for name in ("up", "down", "disk_read", "disk_written")})
+
+
+def _visit_s(
+    unit: Unit,
+    plan: Plan,
+    every: Mapping[TierName, int],
+    *,
+    options: EngineOptions,
+    rates: MachineRates,
+    n_marches: int,
+) -> float:
+    """Perturbed copies of a unit's trainable weights, and the pending steps that they absorb first.
+
+    What one march stores at home, the next of the same step need not absorb again.
+    """
+    tier = plan.placement.tier_of[unit.index]
+    interval = every.get(tier, 1)
+    total_s = 0.0
+    for spec in unit.tensors:
+        if not spec.trainable:
+            continue
+        dtype = str(spec.dtype).removeprefix("torch.")
+        kept = "nearest" if spec.dtype.itemsize > 2 else options.rounding or "stochastic"
+        cost = rates.visit(dtype=dtype, direction=options.direction, rounding=kept)
+        pending = (interval + 1) / 2 * options.num_directions * (1 if interval == 1 else n_marches)
+        copies_s = n_marches * _copies_s(cost, plan, tier, interval=interval, options=options)
+        total_s += spec.numel * (copies_s + pending * cost.step_s)
+    return total_s
+
+
+def _copies_s(cost: VisitCost, plan: Plan, tier: TierName, *, interval: int, options: EngineOptions) -> float:
+    """Both copies at once where there is memory for two; a streamed unit's last may take the place of its bytes."""
+    in_place = (interval - 1) / interval if tier != "gpu" else 0.0
+    last = in_place * cost.pair_s + (1 - in_place) * 2 * cost.alone_s
+    if plan.placement.scratch_copies > 1:
+        return options.num_directions * cost.pair_s
+    return (options.num_directions - 1) * 2 * cost.alone_s + last
+
+
+def _peaks(plan: Plan, workload: Workload, *, n_passes: int, on_cpu: bool, process_bytes: int) -> Peaks:
+    placement, units = plan.placement, plan.layout.units
+    on_disk = [unit.n_bytes for unit in units if placement.tier_of[unit.index] == "disk"]
+    written = [unit.n_bytes for unit in units if placement.tier_of[unit.index] == "disk" and unit.is_trained]
+    device = placement.device_bytes + workload.activation_bytes(n_passes=n_passes)
+    host = process_bytes + HOST_WORKING_BYTES + placement.cpu_bytes + (WRITER_BYTES if on_disk else 0)
+    return Peaks(
+        device=device,
+        pinned=0 if on_cpu else placement.cpu_bytes + _staging_bytes(plan, on_disk),
+        host=host + (device if on_cpu else 0),
+        disk=sum(written) + max(written, default=0),
+    )
+
+
+def _staging_bytes(plan: Plan, on_disk: Sequence[int]) -> int:
+    """Pinned pieces for what comes from and goes to disk, and for a unit read ahead beside units in host memory."""
+    if not on_disk:
+        return 0
+    piece = min(plan.placement.largest_segment_bytes, PIECE_BYTES)
+    ahead = max(on_disk) if plan.placement.units_in("cpu") else 0
+    return (N_PIECES_UP + N_PIECES_DOWN) * piece + ahead

@@ -1,0 +1,201 @@
+"""Measuring what this machine does per second, in about ten seconds: products, visits, copies and the drive.
+
+Does not: keep what it finds (rates.py), or train anything.
+Invariant: what is measured is the code that a step runs, on memory of its own; nothing outlives the call.
+"""
+
+import math
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from zo2trl.tiers.cpu import pin, unpin
+from zo2trl.tiers.fs import FS, LOCAL
+from zo2trl.tiers.rates import MachineRates, VisitCost
+from zo2trl.tiers.readers import N_READERS, PIECE_BYTES, aligned_bytes
+from zo2trl.zo.noise import TILE, TileMap, make_noise
+from zo2trl.zo.records import StepRecord
+from zo2trl.zo.rules import Displaced, Rounding, Span, UpdateRule
+
+__all__ = ["measure_rates"]
+
+PART_S = 0.15  # for each of some twenty measurements
+MAX_FILE_BYTES = 512 << 20
+DRIVE_S = 1.5  # for writing, and again for reading
+_RECORD = StepRecord(
+    step=1, seed=1, projected_grads=(0.1,), learning_rate=1e-6, weight_decay=0.0, zo_eps=1e-3, loss_plus=1.0,
+    loss_minus=1.0, grad_norm=0.1,
+)  # fmt: skip
+_KINDS: tuple[tuple[torch.dtype, Rounding], ...] = (
+    (torch.float32, "nearest"), (torch.bfloat16, "stochastic"), (torch.float16, "stochastic"),
+)  # fmt: skip
+
+
+def measure_rates(device: torch.device, store_dir: Path, *, fs: FS = LOCAL) -> MachineRates:
+    """Measure; the folder (or its nearest parent that exists) says which drive.
+
+    Raises:
+        StoreError: the folder cannot be written to.
+    """
+    folder = next(path for path in (store_dir.absolute(), *store_dir.absolute().parents) if path.exists())
+    up, down = _copy_rates(device)
+    read, write, cpu_s, sync_s = _drive_rates(folder, fs=fs)
+    with torch.no_grad():
+        return MachineRates(
+            flops={_name(dtype): _flops(device, dtype) for dtype, _ in _KINDS},
+            moved_bytes=_moved_bytes(device),
+            operation_s=_operation_s(device),
+            visits={
+                f"{_name(dtype)} {direction} {rounding}": _visit(device, dtype, direction, rounding=rounding)
+                for dtype, rounding in _KINDS
+                for direction in ("rademacher", "gaussian")
+            },
+            upload_bytes=up, download_bytes=down, disk_read_bytes=read, disk_write_bytes=write, disk_cpu_s=cpu_s,
+            sync_s=sync_s, cores=torch.get_num_threads(), measured_at=time.time(),
+        )  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _seconds(work: Callable[[], object], device: torch.device, *, for_s: float = PART_S) -> float:
+    """Wall time of one call: the shortest, because what else the machine does only ever adds to it."""
+    shortest_s = math.inf
+    work()
+    ends_s = time.perf_counter() + for_s
+    for number in range(1000):
+        _wait(device)
+        started_s = time.perf_counter()
+        work()
+        _wait(device)
+        shortest_s = min(shortest_s, time.perf_counter() - started_s)
+        if number and time.perf_counter() > ends_s:
+            break
+    return shortest_s
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _flops(device: torch.device, dtype: torch.dtype) -> float:
+    rows, width = (512, 1024) if device.type == "cpu" else (4096, 4096)
+    x = torch.randn(rows, width, device=device).to(dtype)
+    w = torch.randn(width, width, device=device).to(dtype)
+    return 2 * rows * width * width / _seconds(lambda: torch.nn.functional.linear(x, w), device)
+
+
+def _moved_bytes(device: torch.device) -> float:
+    """As a forward's element-wise operations do it: into new memory, one of them not a bare addition."""
+    x = torch.randn(1 << (20 if device.type == "cpu" else 26), device=device)
+    seconds = _seconds(lambda: torch.nn.functional.silu(x), device) + _seconds(lambda: x + x, device)
+    return 4 * x.nbytes / seconds
+
+
+def _operation_s(device: torch.device) -> float:
+    """One small operation in a module, as model code asks for it."""
+    many = torch.nn.Sequential(*(torch.nn.LayerNorm(8) for _ in range(100))).to(device)
+    x = torch.randn(2, 8, device=device)
+    return _seconds(lambda: many(x), device) / 100
+
+
+def _visit(device: torch.device, dtype: torch.dtype, direction: str, *, rounding: Rounding) -> VisitCost:
+    n = TILE * ((1 << 8) if device.type == "cpu" else (1 << 14))
+    rule = UpdateRule(noise=make_noise(direction), rounding=rounding)
+    span = Span(dtype=dtype, byte_start=0, tiles=TileMap.for_tensors([(0, n)]), decays=False)
+    weights, *copies = (torch.zeros(n * dtype.itemsize, dtype=torch.uint8, device=device) for _ in range(3))
+
+    def seconds(n_probes: int, n_steps: int) -> float:
+        probes = [Displaced(1, 1e-3, copy) for copy in copies[:n_probes]]
+        return _seconds(
+            lambda: rule.visit(weights, [span], [_RECORD] * n_steps, probes=probes), device, for_s=PART_S / 4
+        ) / n  # fmt: skip
+
+    pair_s = seconds(2, 0)
+    return VisitCost(alone_s=seconds(1, 0), pair_s=pair_s, step_s=max((seconds(2, 2) - pair_s) / 2, 0.0))
+
+
+def _copy_rates(device: torch.device) -> tuple[float, float]:
+    """Up and down, bytes per second; on a CPU-only machine both are copies within host memory."""
+    n_bytes = (32 << 20) if device.type == "cpu" else (256 << 20)
+    host = aligned_bytes(n_bytes)
+    there = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        pin(host)
+    try:
+        up_s = _seconds(lambda: there.copy_(host, non_blocking=True), device)
+        down_s = _seconds(lambda: host.copy_(there, non_blocking=True), device)
+    finally:
+        if device.type == "cuda":
+            unpin(host)
+    return n_bytes / up_s, n_bytes / down_s
+
+
+def _drive_rates(folder: Path, *, fs: FS) -> tuple[float, float, float, float]:
+    """Bytes per second read and written, seconds of a core per byte read and checked, seconds of one sync."""
+    n_bytes = min(MAX_FILE_BYTES, fs.free_bytes(folder) // 4) // PIECE_BYTES * PIECE_BYTES
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=".zo2trl-probe-") as scratch,
+        _file(Path(scratch) / "bytes", max(n_bytes, PIECE_BYTES), fs=fs) as (path, fd),
+    ):
+        piece = aligned_bytes(PIECE_BYTES)
+        piece.random_(0, 256)
+        started_s, n_written = time.perf_counter(), 0
+        while n_written < n_bytes and time.perf_counter() < started_s + DRIVE_S:
+            fs.write_at(fd, piece.numpy().data, n_written)
+            n_written += PIECE_BYTES
+        fs.sync_data(fd)
+        write = max(n_written, 1) / (time.perf_counter() - started_s)
+        read, cpu_s = _read_rate(path, fd, n_written, fs=fs)
+        return read, write, cpu_s, _sync_s(fd, piece, fs=fs)
+
+
+@contextmanager
+def _file(path: Path, n_bytes: int, *, fs: FS) -> Iterator[tuple[Path, int]]:
+    fd = fs.create(path, n_bytes)
+    try:
+        yield path, fd
+    finally:
+        fs.close(fd)
+
+
+def _read_rate(path: Path, fd: int, n_bytes: int, *, fs: FS) -> tuple[float, float]:
+    """As readers do it: several pieces at once, past the page cache where that works, every byte in a checksum."""
+    direct = fs.open_direct(fd) if fs.can_read_direct(fd) else None
+    ends_s = time.perf_counter() + DRIVE_S
+    sizes: list[int] = []
+
+    def read(start: int) -> None:
+        if time.perf_counter() < ends_s:
+            into = aligned_bytes(PIECE_BYTES).numpy().data
+            fs.read_at(fd, into, start, path=path, direct=direct)
+            zlib.crc32(into)
+            sizes.append(PIECE_BYTES)
+
+    try:
+        started_s, cpu_started_s = time.perf_counter(), time.process_time()
+        with ThreadPoolExecutor(N_READERS) as threads:
+            list(threads.map(read, range(0, n_bytes, PIECE_BYTES)))
+        seconds, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_started_s
+    finally:
+        if direct is not None:
+            fs.close(direct)
+    return sum(sizes) / seconds, cpu_s / max(sum(sizes), 1)
+
+
+def _sync_s(fd: int, piece: torch.Tensor, *, fs: FS) -> float:
+    record = piece[:64].numpy().data
+
+    def append() -> None:
+        fs.write_at(fd, record, 0)
+        fs.sync_data(fd)
+
+    return _seconds(append, torch.device("cpu"), for_s=PART_S)

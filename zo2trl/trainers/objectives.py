@@ -1,0 +1,357 @@
+"""What a run may optimise instead of the trainer's loss: any number that a forward pass, or generated text, gives.
+
+Does not: run in a Trainer by itself (objective_mixin.py), or draw random numbers: text is generated greedily, so that
+both probes of a direction differ by their weights alone.
+
+Zeroth-order estimates need no derivative: accuracy and F1 are as good as cross entropy (MeZO, arXiv 2305.17333,
+section 3.3). Built in are token F1 as in SQuAD's evaluation script, exact match, and accuracy.
+
+Invariant: a loss is `best - value` where larger values are better, else the value itself.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from zo2trl.errors import ConfigError
+from zo2trl.trainers.scores import accuracy, exact_match, squad_f1
+
+__all__ = [
+    "COLUMNS", "OBJECTIVES", "Objective", "OutputObjective", "TextObjective", "base_of", "find_objective",
+    "mean_logit", "n_rows_of", "without_columns",
+]  # fmt: skip
+
+COLUMNS = "objective_columns"
+"""Key under which a batch carries the columns that only the objective reads: a dict of lists, one item a row."""
+
+_TEXT_GIVEN = ("prompts", "completions", "references")
+_OUTPUT_GIVEN = ("outputs", "inputs", "labels", "model", "num_items_in_batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """
+    Something to optimise. Use [`OutputObjective`] or [`TextObjective`].
+
+    Parameters:
+        function (`Callable`):
+            Is called with those of its parameters, by name, that the objective offers; other parameters are columns
+            of the dataset, or entries of the batch. Returns one number, or one per row, whose mean counts: floats, or
+            a tensor.
+        name (`str`, *optional*):
+            What logs call it (`objective/<name>`). Defaults to the function's name.
+        maximize (`bool`):
+            Whether larger values are better.
+        best (`float`, *optional*, defaults to `0.0`):
+            With `maximize`, the loss is `best - value`. A constant changes no gradient, only what logs show.
+    """
+
+    function: Callable[..., Any]
+    name: str = ""
+    maximize: bool = True
+    best: float = 0.0
+    required: tuple[str, ...] = field(init=False, default=())
+    optional: tuple[str, ...] = field(init=False, default=())
+
+    generates = False
+    offered: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ConfigError(f"`objective` is {self.function!r}, which cannot be called.")
+        name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
+        object.__setattr__(self, "name", name)
+        named = [p for p in signature(self.function).parameters.values() if p.name not in self.offered]
+        named = [p for p in named if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
+        object.__setattr__(self, "required", tuple(p.name for p in named if p.default is Parameter.empty))
+        object.__setattr__(self, "optional", tuple(p.name for p in named if p.default is not Parameter.empty))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the dataset that the function reads."""
+        return self.required + self.optional
+
+    def value_of(self, loss: float) -> float:
+        """The value that gave a loss."""
+        return self.best - loss if self.maximize else loss
+
+    def loss_of(self, value: Any, *, n_rows: int, device: torch.device) -> torch.Tensor:
+        """What the function returned as a loss: a scalar in its own floating dtype, else in float64.
+
+        Raises:
+            ConfigError: it is no number, or not one per row.
+        """
+        if isinstance(value, Sequence) and not isinstance(value, str) and any(item is None for item in value):
+            raise ConfigError(f"`objective` {self.name!r} returned None for a row; it must return a number for each.")
+        if not isinstance(value, torch.Tensor):
+            try:
+                value = torch.as_tensor(np.asarray(value, dtype=np.float64), device=device)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"`objective` {self.name!r} returned {type(value).__name__}, but must return a number, or a list "
+                    "or tensor with one number per row."
+                ) from error
+        value = value.detach() if value.is_floating_point() else value.detach().double()
+        if value.numel() not in (1, n_rows):
+            raise ConfigError(
+                f"`objective` {self.name!r} returned {value.numel()} numbers for {n_rows} rows; it must return one, "
+                "or one per row."
+            )
+        return self.best - value.mean() if self.maximize else value.mean()
+
+    def measure(self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any) -> torch.Tensor:
+        """The loss of one batch. Runs in a pass."""
+        raise NotImplementedError
+
+    def call(self, offered: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+        """The function on what is offered and on the columns of a batch.
+
+        Raises:
+            ConfigError: the batch lacks a column that the function cannot do without.
+        """
+        columns = batch.get(COLUMNS, {})
+        known = {**without_columns(batch), **offered, **columns}
+        missing = [name for name in self.required if name not in known]
+        if missing:
+            raise ConfigError(
+                f"`objective` {self.name!r} reads {missing}, which the rows of the dataset do not all have. Add the "
+                f"column, or rename the function's parameter: it is offered {[*self.offered, *sorted(batch)]}."
+            )
+        parameters = signature(self.function).parameters
+        return self.function(**{name: value for name, value in known.items() if name in parameters})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputObjective(Objective):
+    """
+    A function of what one forward pass returns.
+
+    It is offered `outputs` (the model's own, with whole fp32 logits), `inputs` (the batch), `labels`
+    (None if the batch has none), `model`, and `num_items_in_batch` (items of all micro-batches of the step, or None).
+    A function that takes `num_items_in_batch` divides by it itself; all other values are averaged over micro-batches.
+
+    Parameters:
+        maximize (`bool`, *optional*, defaults to `False`):
+            Whether larger values are better. A plain function is taken for a loss.
+    """
+
+    maximize: bool = False
+    offered = _OUTPUT_GIVEN
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether the function divides by the items of the whole step."""
+        return "num_items_in_batch" in signature(self.function).parameters
+
+    def measure(self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any) -> torch.Tensor:
+        """See `Objective.measure`: one forward."""
+        base: Any = base_of(model)
+        known = signature(type(base).forward).parameters
+        is_pair_of_stacks = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+        unseen = () if is_pair_of_stacks else tuple(trainer.label_names or ("labels",))
+        outputs = model(**{name: value for name, value in batch.items() if name in known and name not in unseen})
+        labels = next((batch[name] for name in (trainer.label_names or ("labels",)) if name in batch), None)
+        offered = {
+            "outputs": outputs, "inputs": without_columns(batch), "labels": labels, "model": base,
+            "num_items_in_batch": n_items,
+        }  # fmt: skip
+        n_rows = n_rows_of(trainer, batch)
+        return self.loss_of(self.call(offered, batch), n_rows=n_rows, device=trainer.args.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextObjective(Objective):
+    """
+    A function of the text that the model generates, such as a reward function.
+
+    It is offered `prompts` and `completions` (lists of strings) and `references`: what the labels of a row say. Its
+    other parameters are columns of the dataset. Reward functions of [`~trl.GRPOTrainer`] fit.
+
+    A row's prompt is what comes before its first label, or all of it if it has no labels. Generation is greedy, and
+    costs a pass of the weights for every token: on a streamed model, one transfer of the model.
+
+    Parameters:
+        max_new_tokens (`int`):
+            The most tokens to generate.
+        stop (`str`, *optional*):
+            Text at which a completion ends, besides the end-of-text token. MeZO stops at a newline.
+        as_messages (`bool`, *optional*, defaults to `False`):
+            Whether a completion is handed over as `[{"role": "assistant", "content": text}]`.
+        generation_kwargs (`dict`, *optional*):
+            More arguments of `generate`, such as `num_beams` or `repetition_penalty`; sampling is refused.
+    """
+
+    max_new_tokens: int = 0
+    stop: str | None = None
+    as_messages: bool = False
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)
+    generates = True
+    offered = _TEXT_GIVEN
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ConfigError(
+                f"`objective` {self.name!r} scores generated text, so it needs to know how much to generate, and "
+                f"`max_new_tokens` is {self.max_new_tokens!r}. Give at least 1 (`objective_max_new_tokens` in a "
+                "config); every token costs one pass of the weights."
+            )
+        if self.generation_kwargs.get("do_sample"):
+            raise ConfigError(
+                "`generation_kwargs` asks for `do_sample=True`, but both probes of a direction must differ by their "
+                "weights only. Leave it out: generation is greedy."
+            )
+
+    def measure(self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any) -> torch.Tensor:
+        """See `Objective.measure`: a generation."""
+        tokenizer = _tokenizer_of(trainer)
+        prompts, references = prompts_and_references(model, batch)
+        ids, mask = _left_padded(prompts, pad_id=_pad_id(tokenizer))
+        generator: Any = model
+        new_ids = generator.generate(
+            input_ids=ids, attention_mask=mask, generation_config=self._generation(model, tokenizer),
+            tokenizer=tokenizer,
+        )  # fmt: skip
+        if not base_of(model).config.is_encoder_decoder:
+            new_ids = new_ids[:, ids.shape[1] :]
+        texts = [text.strip() for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+        texts = texts if self.stop is None else [text.split(self.stop)[0].strip() for text in texts]
+        completions = [[{"role": "assistant", "content": text}] for text in texts] if self.as_messages else texts
+        offered = {
+            "prompts": tokenizer.batch_decode(prompts, skip_special_tokens=True),
+            "completions": completions,
+            "references": None if references is None else _decoded(tokenizer, references),
+        }
+        return self.loss_of(self.call(offered, batch), n_rows=len(prompts), device=trainer.args.device)
+
+    def _generation(self, model: nn.Module, tokenizer: Any) -> Any:
+        config = copy.deepcopy(base_of(model).generation_config)
+        stops = {"stop_strings": [self.stop]} if self.stop is not None else {}
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
+        length = {"max_new_tokens": self.max_new_tokens, "max_length": None, "pad_token_id": _pad_id(tokenizer)}
+        config.update(**(greedy | length | stops | self.generation_kwargs))
+        return config
+
+
+def find_objective(given: Any, *, max_new_tokens: int | None = None) -> Objective | None:
+    """An objective by name, one that was made already, or a plain function on outputs, which is taken for a loss.
+
+    Raises:
+        ConfigError: no objective has that name, or a length is missing or pointless.
+    """
+    found: Objective | None
+    if given is None or isinstance(given, Objective):
+        found = given
+    elif isinstance(given, str):
+        if given not in OBJECTIVES:
+            raise ConfigError(f"`objective` is {given!r}, but must be one of {sorted(OBJECTIVES)}, or a callable.")
+        return OBJECTIVES[given](max_new_tokens)
+    else:
+        found = OutputObjective(function=given)
+    if max_new_tokens is not None and found is not None:
+        raise ConfigError(
+            "`objective_max_new_tokens` is for objectives chosen by name; give `max_new_tokens` to the TextObjective."
+        )
+    return found
+
+
+def without_columns(inputs: Any) -> Any:
+    """A batch as the model and the trainer's own loss know it."""
+    if not isinstance(inputs, Mapping) or COLUMNS not in inputs:
+        return inputs
+    return {name: value for name, value in inputs.items() if name != COLUMNS}
+
+
+# -- by name
+
+
+def mean_logit(outputs: Any) -> torch.Tensor:
+    """Worth nothing as an objective, but unlike accuracy or F1 it differs when any weight does."""
+    return outputs.logits.double().mean()
+
+
+OBJECTIVES: dict[str, Callable[[int | None], Objective]] = {
+    "accuracy": lambda length: _only_forward(OutputObjective(function=accuracy, maximize=True, best=1.0), length),
+    "squad_f1": lambda length: TextObjective(function=squad_f1, best=1.0, max_new_tokens=length or 0),
+    "exact_match": lambda length: TextObjective(function=exact_match, best=1.0, max_new_tokens=length or 0),
+}
+"""Name -> makes the objective, given `objective_max_new_tokens`."""
+
+
+def _only_forward(objective: Objective, max_new_tokens: int | None) -> Objective:
+    if max_new_tokens is not None:
+        raise ConfigError(f"`objective_max_new_tokens` has no effect: {objective.name!r} generates nothing.")
+    return objective
+
+
+# -- batches
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model below adapters."""
+    adapted: Any = model
+    return adapted.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def n_rows_of(trainer: Any, batch: Mapping[str, Any]) -> int:
+    """Rows of the dataset in a batch: the length of its first tensor, or half of it where rows are pairs."""
+    length = len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
+    return length // 2 if trainer.rows_are_pairs else length
+
+
+def prompts_and_references(
+    model: nn.Module, batch: Mapping[str, Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """Token ids of every row's prompt, and of what its labels say, without padding.
+
+    Raises:
+        ConfigError: a row's first token has a label already, so where its prompt ends is not known.
+    """
+    ids, labels = batch["input_ids"], batch.get("labels")
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    references = None if labels is None else [row[row != -100] for row in labels]
+    if labels is None or base_of(model).config.is_encoder_decoder:
+        return [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)], references
+    prompts = []
+    for row, kept, marks in zip(ids, mask, labels, strict=True):
+        labelled = (marks != -100).nonzero()
+        end = int(labelled[0]) if len(labelled) else len(row)
+        prompts.append(row[:end][kept[:end].bool()])
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ConfigError(
+            "A row has a label on its first token, so there is no prompt to generate from. Use a prompt-completion "
+            "dataset (with `completion_only_loss`), or mask the prompt's labels with -100."
+        )
+    return prompts, references
+
+
+def _left_padded(rows: Sequence[torch.Tensor], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(len(row) for row in rows)
+    ids = rows[0].new_full((len(rows), length), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = row
+        mask[i, length - len(row) :] = 1
+    return ids, mask
+
+
+def _decoded(tokenizer: Any, rows: Sequence[torch.Tensor]) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _tokenizer_of(trainer: Any) -> Any:
+    given = trainer.processing_class
+    if given is None:
+        raise ConfigError("An objective on generated text needs a tokenizer: pass it as `processing_class`.")
+    return getattr(given, "tokenizer", given)

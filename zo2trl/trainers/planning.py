@@ -1,0 +1,155 @@
+"""Planning a training before there is one: its model without weights, its engine's options, one pass of its loss.
+
+Does not: load weights, open a store, or decide anything that the trainer decides otherwise: both ask the same planner.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_peft_config
+
+from zo2trl.engine.activations import passes_per_march
+from zo2trl.engine.fitting import SPARE_BYTES, SPARE_SHARE
+from zo2trl.engine.forecast import Forecast, forecast
+from zo2trl.engine.opening import EngineOptions, Plan, plan_engine
+from zo2trl.engine.workload import Workload, count_pass, fake_tensors, make_fake, rough_workload
+from zo2trl.errors import ConfigError, UnsupportedError
+from zo2trl.tiers.ingest import class_named_by, read_config
+from zo2trl.tiers.machine import resolve_budgets
+from zo2trl.tiers.placement import smallest_device_budget
+from zo2trl.tiers.rates import MachineRates
+from zo2trl.trainers.scripts import ZOModelConfig, model_init_kwargs, refuse_no_model
+from zo2trl.trainers.sft_trainer import ZOSFTConfig
+
+__all__ = ["Planned", "plan_parser", "plan_training"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A training that could be.
+
+    Attributes:
+        forecast: of one step.
+        options: what its engine would be opened with.
+        workload: of one pass.
+        n_parameters, n_trainable: of the model, tied weights once.
+        is_counted: whether the workload was counted in the model's forward, or taken from the number of weights.
+    """
+
+    forecast: Forecast
+    options: EngineOptions
+    workload: Workload
+    n_parameters: int
+    n_trainable: int
+    is_counted: bool
+
+
+def plan_parser(own: type) -> TrlParser:
+    """A parser of `own`, and then of everything that `zo2trl sft` knows, so that its `--config` files can be read."""
+    read: Any = (own, ScriptArguments, ZOSFTConfig, ZOModelConfig, DatasetMixtureConfig)
+    return TrlParser(read, prog="zo2trl plan")
+
+
+def plan_training(args: Any, model_args: ModelConfig, *, rates: MachineRates, process_bytes: int = 0) -> Planned:
+    """Plan supervised fine-tuning from the model's config.json and the arguments alone.
+
+    Batches are taken to be full: `per_device_train_batch_size` rows of `max_length` tokens.
+
+    Args:
+        args: a `ZOSFTConfig`.
+        process_bytes: what this process holds now, with libraries loaded: a training's holds it, too.
+
+    Raises:
+        ConfigError: no model is named, or an argument cannot work.
+        BudgetError: the budgets cannot hold one step.
+        CheckpointError: there is no config.json, or it makes no sense.
+    """
+    refuse_no_model(model_args)
+    kwargs = model_init_kwargs(args, model_args)
+    dtype = kwargs.pop("dtype", None)
+    try:
+        config = read_config(str(model_args.model_name_or_path), kwargs)
+    except OSError as error:
+        raise ConfigError(f"`model_name_or_path` {model_args.model_name_or_path} cannot be read: {error}") from error
+    if model_args.load_in_4bit or model_args.load_in_8bit or getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedError(
+            "`zo2trl plan` cannot foresee a quantised base, which stays on the device whole. Plan the original model, "
+            "or train a few steps."
+        )
+    length = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
+    shape = (args.per_device_train_batch_size, length)
+    mode = fake_tensors()
+    with torch.device("meta"):
+        model, run = _build(config, dtype=dtype or config.dtype or torch.get_default_dtype(), model_args=model_args)
+    make_fake(model, mode=mode)
+    with mode:
+        ids = torch.zeros(shape, dtype=torch.long)
+    options = _options(args)
+    plan = plan_engine(model, options)
+    n_probes, n_micro_batches = 2 * args.num_directions, args.gradient_accumulation_steps
+    inputs = {"input_ids": ids}
+    together = max(passes_per_march(options, model, inputs, room=_room(plan, options)), n_probes)
+    n_passes = min(n_probes * n_micro_batches, together)
+    options = replace(options, tokens_per_step=max(ids.numel() * n_passes // n_probes, 1))
+    try:
+        workload, is_counted = count_pass(model, lambda: run(ids), mode=mode), True
+    except Exception:  # a forward that looks at values
+        workload, is_counted = rough_workload(plan.layout, n_tokens=shape[0] * shape[1]), False
+    if options.device.type == "cuda" and options.budgets.device != "min":  # as DeviceFit does with the first batch
+        reserve = int(workload.activation_bytes(n_passes=n_passes) * SPARE_SHARE) + SPARE_BYTES
+        options = replace(options, budgets=replace(options.budgets, reserve=reserve))
+        plan = plan_engine(model, options)
+    specs = [spec for unit in plan.layout.units for spec in unit.tensors]
+    return Planned(
+        forecast=forecast(
+            plan, options, workload, rates=rates, n_micro_batches=n_micro_batches,
+            tokens=ids.numel() * n_micro_batches, passes_per_march=together, process_bytes=process_bytes,
+        ),
+        options=options, workload=workload, is_counted=is_counted,
+        n_parameters=sum(spec.numel for spec in specs),
+        n_trainable=sum(spec.numel for spec in specs if spec.trainable),
+    )  # fmt: skip
+
+
+def _build(
+    config: PreTrainedConfig, *, dtype: Any, model_args: ModelConfig
+) -> tuple[torch.nn.Module, Callable[[torch.Tensor], Any]]:
+    """The model that the trainer would make, and one call of its loss on token ids."""
+    from trl.trainer import utils
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model_class = class_named_by(config)
+    build = getattr(model_class, "from_config", None) or model_class._from_config
+    model = build(config, dtype=dtype).eval()
+    fuse = getattr(utils, "add_fused_lm_head", None)
+    options: dict[str, Any] = {}
+    if fuse is not None and model.get_output_embeddings() is not None:
+        fuse(model, outputs=("log_probs", "entropy", "is_top1"))
+        options["fused_lm_head"] = True
+    if (peft_config := get_peft_config(model_args)) is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config).eval()
+    return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False, **options)
+
+
+def _room(plan: Plan, options: EngineOptions) -> int | None:
+    """Bytes of the device that weights can leave to activations, as `DeviceFit` counts them."""
+    device = options.budgets.device
+    return None if device == "min" else device - smallest_device_budget(plan.layout)
+
+
+def _options(args: Any) -> EngineOptions:
+    return EngineOptions(
+        budgets=resolve_budgets(device_memory=args.device_memory, cpu_memory=args.cpu_memory, device=args.device),
+        device=args.device, store_dir=Path(args.store_dir), seed=args.seed, zo_eps=args.zo_eps,
+        num_directions=args.num_directions, direction=args.direction, rounding=args.rounding,
+        write_back_every="auto" if args.write_back_every == "auto" else int(args.write_back_every),
+        granularity=args.granularity,
+    )  # fmt: skip

@@ -1,0 +1,201 @@
+"""Training scripts: TRL's own `sft`, `dpo` and `reward`, with the trainer and its config replaced by ours.
+
+    accelerate launch --module zo2trl.trainers.scripts sft --config sft.yaml --max_steps 100
+
+Does not: start processes (cli/launching.py does), or know an argument that TRL, transformers or our configs do not.
+Invariant: what the command line gives wins over the `--config` file, which wins over defaults.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from packaging.version import Version
+from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_peft_config, get_quantization_config
+
+from zo2trl.errors import ConfigError, errors_in_one_line
+
+__all__ = [
+    "SCRIPTS",
+    "ZOModelConfig",
+    "load_datasets",
+    "main",
+    "make_parser",
+    "model_init_kwargs",
+    "parse",
+    "refuse_no_model",
+    "train",
+]
+
+SCRIPTS = {
+    "sft": ("ZOSFTTrainer", "ZOSFTConfig"),
+    "dpo": ("ZODPOTrainer", "ZODPOConfig"),
+    "reward": ("ZORewardTrainer", "ZORewardConfig"),
+}
+"""Command -> names of trainer and config in the package."""
+
+
+@dataclass
+class ZOModelConfig(ModelConfig):
+    """
+    [`~trl.ModelConfig`] with another default: without `--dtype` the checkpoint's own dtype is kept.
+
+    Parameters:
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Dtype to store the weights in: `"auto"`, `"bfloat16"`, `"float16"` or `"float32"`.
+    """
+
+    dtype: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Dtype to store the weights in; 'auto' keeps the checkpoint's own.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+def make_parser(name: str, *, prog: str | None = None) -> TrlParser:
+    """The parser of one script: `ScriptArguments`, the trainer's config, `ZOModelConfig`, `DatasetMixtureConfig`.
+
+    Raises:
+        ConfigError: there is no such script.
+    """
+    if name not in SCRIPTS:
+        raise ConfigError(f"There is no script {name!r}. Choose one of {', '.join(SCRIPTS)}.")
+    config_class = getattr(import_module("zo2trl"), SCRIPTS[name][1])
+    read: Any = (ScriptArguments, config_class, ZOModelConfig, DatasetMixtureConfig)
+    return TrlParser(read, prog=prog)
+
+
+def parse(parser: TrlParser, arguments: Sequence[str], **how: Any) -> tuple[Any, ...]:
+    """`parser.parse_args_and_config`; whatever is wrong with a file or a value is told as a `ConfigError`."""
+    if list(arguments[-1:]) == ["--config"]:
+        raise ConfigError("`--config` needs the path of a YAML file.")
+    try:
+        return parser.parse_args_and_config(list(arguments), **how)
+    except ConfigError:
+        raise
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def train(
+    name: str,
+    script_args: ScriptArguments,
+    training_args: Any,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    """Train, save, and push if that was asked for.
+
+    Raises:
+        ConfigError: no model or no data set was named, a split does not exist, or an argument cannot work.
+    """
+    refuse_no_model(model_args)
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    dataset = load_datasets(script_args, dataset_args)
+    wants_eval = training_args.eval_strategy != "no"
+    trainer = getattr(import_module("zo2trl"), SCRIPTS[name][0])(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=_split(dataset, script_args.dataset_train_split, argument="dataset_train_split"),
+        eval_dataset=_split(dataset, script_args.dataset_test_split, argument="dataset_test_split")
+        if wants_eval
+        else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.accelerator.print("Training completed.")
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to the hub as {trainer.hub_model_id}.")
+    if Version(transformers.__version__) >= Version("5.18.0"):
+        trainer.end()
+
+
+def refuse_no_model(model_args: ModelConfig) -> None:
+    """Say so before anything is loaded, if no model is named, or a folder that is not there.
+
+    Raises:
+        ConfigError: see above.
+    """
+    name = model_args.model_name_or_path
+    if name is None:
+        raise ConfigError("No model was named. Pass `--model_name_or_path` with a checkpoint's folder or hub id.")
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ConfigError(
+            f"`model_name_or_path` {name} is no folder, and not what a hub id looks like. Check the path."
+        )
+
+
+def model_init_kwargs(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told: the options of `ModelConfig`, and `--model_init_kwargs` on top of them."""
+    chosen: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": getattr(training_args, "trust_remote_code", False),
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": None if model_args.dtype == "auto" else model_args.dtype,
+    }
+    given = training_args.model_init_kwargs or {}
+    return {key: value for key, value in chosen.items() if value is not None} | dict(given)
+
+
+def load_datasets(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
+    """The splits that `--dataset_name`, or the `datasets:` list of a config file, names; the list wins, as in TRL.
+
+    Raises:
+        ConfigError: neither is given, or what is given cannot be loaded.
+    """
+    import datasets
+
+    if not dataset_args.datasets and script_args.dataset_name is None:
+        raise ConfigError("No data set was named. Pass `--dataset_name`, or list `datasets:` in a `--config` file.")
+    load: Any = datasets.load_dataset
+    try:
+        if dataset_args.datasets:
+            return get_dataset(dataset_args)
+        return load(script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except (OSError, ValueError) as error:  # no such file, folder, hub id or configuration
+        named = "`datasets`" if dataset_args.datasets else f"`dataset_name` {script_args.dataset_name}"
+        raise ConfigError(f"{named} cannot be loaded: {error}") from error
+
+
+def _split(dataset: Any, name: str, *, argument: str) -> Any:
+    if name not in dataset:
+        raise ConfigError(
+            f"`{argument}` is {name!r}, and the data set has {', '.join(map(repr, dataset))}. Name one of these"
+            + (', or set `eval_strategy="no"`.' if argument == "dataset_test_split" else ".")
+        )
+    return dataset[name]
+
+
+def main(name: str, argv: Sequence[str] | None = None) -> None:
+    """Run `sft`, `dpo` or `reward` in this process; an error made for users is one line on stderr and exit code 2.
+
+    Args:
+        argv: arguments of the script; those of the command line by default.
+    """
+    with errors_in_one_line(f"{name}{_rank()}"):
+        arguments = sys.argv[1:] if argv is None else list(argv)
+        train(name, *parse(make_parser(name), arguments, fail_with_unknown_args=False))
+
+
+def _rank() -> str:
+    """Which of several processes speaks."""
+    rank = os.environ.get("RANK", "0")
+    return f" (process {rank})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

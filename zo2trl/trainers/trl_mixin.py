@@ -1,0 +1,102 @@
+"""ZOTRLMixin: what TRL's trainers count in every call of `compute_loss`, counted once a step.
+
+Does not: know one TRL trainer from another. They share `_metrics` (means since the last log) and, most of them,
+`_total_train_tokens`; `_prepare_dataset` and the rest of a trainer stay its own.
+
+Invariant: a token is counted once, however many probes see it; looks at the loss that are no step leave no trace.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from zo2trl.engine.lockstep import current_pass
+from zo2trl.errors import UnsupportedError
+from zo2trl.trainers.mixin import ZOTrainerMixin
+
+__all__ = ["ZOTRLMixin"]
+
+
+class ZOTRLMixin(ZOTrainerMixin):
+    """Put it in front of a TRL trainer: `class ZOKTOTrainer(ZOTRLMixin, KTOTrainer)`, with a `config_class`."""
+
+    takes_labels = False  # most losses of TRL are of columns of their own
+    _metrics: dict[str, Any]
+    _total_train_tokens: float
+    _lengths_before: dict[str, int]
+    ref_model: Any
+
+    # -- reference models
+
+    def _check_given(self, given: dict[str, Any]) -> None:
+        config, is_given = given["args"], given.get("ref_model") is not None
+        if not is_given and not hasattr(config, "precompute_ref_log_probs"):
+            return  # it has no reference
+        is_adapted = given.get("peft_config") is not None or hasattr(given.get("model"), "peft_config")
+        if is_given or not (is_adapted or config.precompute_ref_log_probs):
+            what = "`ref_model`" if is_given else "The reference of full fine-tuning"
+            raise UnsupportedError(
+                f"{what} would be a second whole model beside the one in the store. Train adapters (`peft_config=`): "
+                "the reference is then the base below them. Or set `precompute_ref_log_probs=True` without a "
+                "`ref_model`, if the trainer has that option: every row is then asked for once, before training."
+            )
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """See the trainer's own; outside a march it is one, because the weights may be anywhere."""
+        ask = super().compute_ref_log_probs  # type: ignore[misc]
+        if self.ref_model is not None or current_pass() is not None:
+            return ask(model, inputs)
+        return self.engine.run_clean([partial(ask, self.model, self._prepare_inputs(inputs))])[0]
+
+    # -- what is counted
+
+    @contextmanager
+    def probes_counted_once(self, n_probes: int) -> Iterator[None]:
+        """TRL adds up the tokens of every call of `compute_loss`, and a step makes one per probe."""
+        metrics = {key: list(values) for key, values in self._metrics["train"].items()}
+        before = self._n_tokens()
+        yield
+        if not n_probes:  # a look at the loss that is no training step
+            self._metrics["train"].clear()
+            self._metrics["train"].update(metrics)
+            self._set_n_tokens(before)
+            return
+        self._set_n_tokens(before + (self._n_tokens() - before) / n_probes)
+        self._lengths_before = {key: len(values) for key, values in metrics.items()}
+
+    def _n_tokens(self) -> float:
+        return getattr(self, "_total_train_tokens", 0)
+
+    def _set_n_tokens(self, n_tokens: float) -> None:
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = n_tokens
+            if "num_tokens" in self._metrics["train"]:
+                self._metrics["train"]["num_tokens"] = [n_tokens]
+
+    def _measured(self) -> Any:
+        known = self._lengths_before
+        new = {key: list(values)[known.get(key, 0) :] for key, values in self._metrics["train"].items()}
+        if "num_tokens" in new:  # a total, not one of several values
+            new["num_tokens"] = []
+        return {"metrics": new, "num_tokens": self._n_tokens()}
+
+    def _measured_before(self, measured: Any) -> None:
+        for key, values in measured["metrics"].items():
+            self._metrics["train"][key] += values
+        self._set_n_tokens(measured["num_tokens"])
+
+    def _counters(self) -> dict[str, Any]:
+        metrics = {key: list(values) for key, values in self._metrics["train"].items()}
+        return super()._counters() | {"trl": {"metrics": metrics, "num_tokens": self._n_tokens()}}
+
+    def _forget_counters(self) -> None:
+        super()._forget_counters()
+        self._metrics["train"].clear()
+        self._set_n_tokens(0)
+
+    def _set_counters(self, counters: dict[str, Any]) -> None:
+        super()._set_counters(counters)
+        self._metrics["train"].clear()
+        self._metrics["train"].update(counters["trl"]["metrics"])
+        self._set_n_tokens(counters["trl"]["num_tokens"])
