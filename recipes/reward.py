@@ -13,11 +13,11 @@ python recipes/reward.py \
     --max_steps 2000 \
     --output_dir qwen3-0.6b-reward
 
-# Adapters, and the head beside them (without `--lora_modules_to_save score` it would stay as it was drawn)
+# Adapters, and the head beside them, which PEFT saves with an adapter for sequence classification
 python recipes/reward.py \
     --model_name_or_path Qwen/Qwen3-14B \
     --dataset_name trl-lib/ultrafeedback_binarized \
-    --use_peft --lora_task_type SEQ_CLS --lora_modules_to_save score \
+    --use_peft --lora_r 16 --lora_alpha 32 \
     --learning_rate 1e-4 --zo_eps 1e-2 \
     --device_memory 8GB --cpu_memory 32GB \
     --max_steps 2000 \

@@ -71,6 +71,12 @@ def test_no_store_is_an_error_and_not_damage(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err == f"zo2trl: error: {tmp_path} holds no store. Check the path.\n"
 
 
+def test_the_folder_above_a_store_names_the_store(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["verify"], ["log"], ["export"]):
+        assert cli.main([*command, str(run), *([str(run / "out")] if command == ["export"] else [])]) == 2
+        assert f"Did you mean {run / 'store'}?" in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_verified_with_its_store(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(run / "checkpoint-3")]) == 0
     assert cli.main(["verify", str(run / "store"), "--checkpoint", str(run / "checkpoint-3")]) == 0

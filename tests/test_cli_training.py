@@ -129,6 +129,14 @@ def test_configs_in_the_recipes_are_found_by_name_and_come_first() -> None:
         (["--accelerate_config", "one_gpus"], "is no file"),
         (["--accelerate_config"], "needs a name"),
         (["--load_in_8bit", "--load_in_4bit"], "8 bit and 4 bit"),
+        (["b.yaml"], "Did you mean `--config b.yaml`?"),
+        (["--use_cpu", "--num_processes", "2", "victim.py", "--cpu"], "`victim.py` belongs to no option"),
+        (["--num_processes=1", "victim.py"], "`victim.py` belongs to no option"),
+        (["--", "victim.py"], "`--` is an argument of neither"),
+        (["--max_st", "3"], "`--max_st` is an argument of neither"),
+        (["--num_proc", "2"], "`--num_proc` is an argument of neither"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--accelerate_config=one_gpus"], "is no file"),
     ],
 )
 def test_what_cannot_work_is_one_line_before_anything_starts(
@@ -148,6 +156,10 @@ def test_what_cannot_work_is_one_line_before_anything_starts(
         ({"datasets": []}, "No data set was named"),
         ({"datasets": [{"path": "json", "data_files": "/nowhere.jsonl"}]}, "`datasets` cannot be loaded"),
         ({"device_memory": "1kB"}, "cannot hold one step"),
+        ({"devcie_memory": "1kB"}, "Did you mean `--device_memory`?"),
+        ({"num_processes": 2}, "`--num_processes` is an argument of `accelerate launch`"),
+        ({"use_peft": True, "lora_target_modules": ["nonsense"]}, "`lora_target_modules` nonsense"),
+        ({"use_peft": True, "lora_r": 0}, "`lora_r` 0"),
     ],
 )
 def test_what_a_training_refuses_is_one_line(
@@ -159,6 +171,98 @@ def test_what_a_training_refuses_is_one_line(
     assert ended.value.code == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
     assert line.startswith("sft: error: ") and said in line
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward"])
+def test_a_recipe_refuses_a_key_that_nobody_reads(
+    name: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file(tmp_path, model, preferences(), devcie_memory="1kB")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--config", str(file)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    assert "Did you mean `--device_memory`?" in capsys.readouterr().err
+
+
+def test_a_script_refuses_what_stands_before_any_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        scripts.main("sft", ["b.yaml"])
+    assert "Did you mean `--config b.yaml`?" in capsys.readouterr().err
+
+
+def test_accelerates_keys_in_the_file_pass_where_the_command_has_read_them(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "accelerate.commands.launch.launch_command",
+        lambda asked: scripts.main(asked.training_script_args[0], asked.training_script_args[1:]),
+    )
+    monkeypatch.setattr(scripts, "train", lambda name, *parsed: seen.append(name))
+    file = config_file(tmp_path, model, completions(), num_processes=1)
+    assert cli.main(["sft", f"--config={file}"]) == 0
+    assert seen == ["sft"] and scripts.CHECKED not in os.environ
+
+
+def test_accelerates_cpu_and_arguments_with_an_equals_sign_are_taken(
+    tmp_path: Path, model: Path, launched: list[Any]
+) -> None:
+    file = config_file(tmp_path, model, completions())
+    assert cli.main(["sft", f"--config={file}", "--cpu", "--accelerate_config=cpu", "--cpu_memory", "1GB"]) == 0
+    (asked,) = launched
+    assert asked.cpu and Path(asked.config_file).name == "cpu.yaml"
+    assert asked.training_script_args == ["sft", f"--config={file}", "--cpu_memory", "1GB"]
+
+
+def test_a_flag_of_accelerate_in_the_file_is_true_or_false(
+    tmp_path: Path, model: Path, launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sft", "--config", str(config_file(tmp_path, model, completions(), multi_gpu="maybe"))]) == 2
+    assert "`multi_gpu` is 'maybe' in the `--config` file" in capsys.readouterr().err and not launched
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="with several GPUs, several processes are started")
+def test_several_processes_that_will_be_one_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("accelerate.commands.config.default_config_file", "/nowhere")
+    for more in ([], ["--cpu"], ["--accelerate_config", "cpu"]):
+        assert cli.main(["sft", "--use_cpu", "--num_processes", "2", *more]) == 0
+        told = capsys.readouterr().err
+        assert told.startswith("zo2trl: warning: `num_processes` is 2") and told.count("\n") == 1
+    for quiet in (["--num_processes", "1"], ["--num_processes", "2", "--accelerate_config", "several_gpus"]):
+        assert cli.main(["sft", "--use_cpu", *quiet]) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_resuming_is_asked_for_with_true_on_the_command_line(tmp_path: Path, model: Path) -> None:
+    file = config_file(tmp_path, model, completions(), output_dir=str(tmp_path / "run"), save_steps=2)
+    scripts.main("sft", ["--config", str(file), "--max_steps", "2"])
+    scripts.main("sft", ["--config", str(file), "--max_steps", "4", "--resume_from_checkpoint", "true"])
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == [1, 2, 3, 4]
+    scripts.main("sft", ["--config", str(file), "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint",
+                         "false", "--max_steps", "1"])  # fmt: skip
+
+
+def test_adapters_of_a_reward_model_need_no_task_type(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file(tmp_path, model, preferences(), save_strategy="no", use_peft=True)
+    scripts.main("reward", ["--config", str(file), "--max_steps", "1"])
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert adapter["task_type"] == "SEQ_CLS" and "score" in adapter["modules_to_save"]
+    with pytest.raises(SystemExit):
+        scripts.main("reward", ["--config", str(file), "--lora_task_type", "CAUSAL_LM"])
+    assert "`lora_task_type` is 'CAUSAL_LM'" in capsys.readouterr().err
+
+
+def test_what_is_ignored_is_said(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = config_file(tmp_path, model, completions(), save_strategy="no")
+    more = ["--max_steps", "1", "--dataset_name", "foo/bar", "--ignore_bias_buffers"]
+    scripts.main("sft", ["--config", str(file), *more])
+    assert "`dataset_name` foo/bar is ignored" in caplog.text
+    assert "`ignore_bias_buffers` has no effect" in caplog.text
 
 
 @pytest.mark.parametrize(("ended_with", "code"), [(2, 2), (1, 1), (-signal.SIGKILL, 137)])

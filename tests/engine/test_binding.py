@@ -286,6 +286,18 @@ def test_a_second_engine_over_the_same_model_carries_on(tmp_path):
             assert (estimate.loss_plus, estimate.loss_minus) == losses[step]
 
 
+@everywhere
+def test_shutting_down_undoes_a_conversion_and_absorbs_every_step(tmp_path, tier, granularity):
+    model = toy()
+    _, weights = plain_run(model, steps=2)
+    with opened(model, tmp_path / "store", tier=tier, granularity=granularity, write_back_every=5) as engine:
+        train(engine, model, steps=2)
+        model.half()
+    assert not engine.store.is_open
+    assert_same_weights(model, weights)
+    assert not any("forward" in vars(module) for module in model.modules()), "no hook is left"
+
+
 class FullDisk(FS):
     full = False
 
@@ -300,11 +312,12 @@ def test_shutting_down_after_a_failed_write_says_so_and_still_lets_go_of_everyth
     engine = open_engine(model, options(tmp_path / "store"), fs=fs)
     train(engine, model, steps=1)
     fs.full = True
+    undone = []
+    engine.on_shutdown.append(lambda: undone.append(True))
     with pytest.raises(StoreError, match="No space left"):
         engine.shutdown()
-    fs.full = False
+    assert undone and not engine.store.is_open
     engine.shutdown()
-    assert not engine.store.is_open
     assert not any("forward" in vars(module) for module in model.modules())
     assert not [name for name in open_files().values() if name.endswith(("journal", "lock"))]
 

@@ -31,14 +31,14 @@ class Model(nn.Module):
         return x.sum()
 
 
-def count(make: Any, inputs: Any) -> Workload:
+def count(make: Any, inputs: Any, **how: Any) -> Workload:
     mode = fake_tensors()
     with torch.device("meta"):
         model = make().eval()
     make_fake(model, mode=mode)
     with mode:
         given = inputs()
-    return count_pass(model, lambda: model(given), mode=mode)
+    return count_pass(model, lambda: model(given), mode=mode, **how)
 
 
 def test_products_and_what_is_alive_are_counted_by_hand() -> None:
@@ -64,6 +64,20 @@ def test_a_transformer_takes_two_operations_a_weight_and_token() -> None:
 def test_sixteen_bit_products_are_counted_apart() -> None:
     found = count(lambda: Model().bfloat16(), lambda: torch.randn(N_TOKENS, WIDTH, dtype=torch.bfloat16))
     assert set(found.flops) == {"bfloat16"}
+
+
+def test_autocast_is_counted_as_a_trainer_runs_it() -> None:
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+    )  # fmt: skip
+    given = lambda: torch.zeros(2, 16, dtype=torch.long)  # noqa: E731
+    whole = count(lambda: LlamaForCausalLM(config), given)
+    cast = count(lambda: LlamaForCausalLM(config), given, autocast=torch.bfloat16)
+    rotary = cast.flops["float32"]  # switches autocast off for its angles
+    assert cast.flops["bfloat16"] + rotary == whole.flops["float32"] and rotary < 0.01 * whole.flops["float32"]
+    n_cast = sum(p.numel() for p in LlamaForCausalLM(config).model.layers.parameters())
+    assert cast.moved_bytes > whole.moved_bytes
+    assert cast.peak_bytes < whole.peak_bytes + 2 * n_cast  # no copy of a weight outlives its use
 
 
 def test_memory_that_is_only_reserved_does_not_count() -> None:

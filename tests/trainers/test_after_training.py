@@ -1,10 +1,13 @@
 """What people do with a trained model while its trainer is still there."""
 
 import copy
+import gc
 import io
 import logging
 import pickle
 import signal
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from tests.support.runs import (
     STREAMED_FROM_CPU,
     STREAMED_FROM_DISK,
     closing,
+    differing,
     prompts,
     sft_trainer,
     weights_of,
@@ -25,7 +29,7 @@ from tests.support.runs import (
 )
 from tests.support.tokenizer import tiny_tokenizer
 from zo2trl import ZOSFTTrainer
-from zo2trl.errors import MarchError
+from zo2trl.errors import MarchError, StoreError
 
 STREAMED = {"cpu": STREAMED_FROM_CPU, "disk": STREAMED_FROM_DISK}
 everywhere = pytest.mark.parametrize("where", STREAMED.values(), ids=STREAMED)
@@ -199,6 +203,123 @@ def test_layers_frozen_between_two_calls_of_train_stay_where_they_are(where: dic
         after = weights_of(trainer.model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any(name.startswith("model.layers.0.") for name in moved)
+
+
+@everywhere
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, lambda model: model.to(torch.bfloat16)], ids=["half", "to"])
+def test_closing_after_a_conversion_leaves_an_ordinary_model_with_the_trained_weights(
+    convert: Callable, where: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(trained(tmp_path, where)) as trainer:
+        model, wanted, kept = trainer.model, weights_of(trainer.model), loss_of(trainer.model)
+        store = trainer.engine.store
+        convert(model)
+        trainer.close()
+    assert "model.embed_tokens.weight and" in caplog.text and "Convert the model now" in caplog.text
+    assert not store.is_open and not [module for module in model.modules() if "forward" in module.__dict__]
+    assert differing(weights_of(model), wanted) == [] and loss_of(model) == kept
+    convert(model)
+    assert not torch.isnan(model(**tiny_batch("llama")).logits).any()
+
+
+@everywhere
+def test_closing_after_resizing_embeddings_leaves_an_ordinary_model_of_the_new_size(
+    where: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(trained(tmp_path, where)) as trainer:
+        model, wanted = trainer.model, weights_of(trainer.model)
+        rows = len(wanted["model.embed_tokens.weight"])
+        model.resize_token_embeddings(rows + 5)
+        trainer.close()
+    assert "model.embed_tokens.weight as resized" in caplog.text
+    found = weights_of(model)
+    assert len(found["model.embed_tokens.weight"]) == len(found["lm_head.weight"]) == rows + 5
+    assert differing({name: found[name][: len(value)] for name, value in wanted.items()}, wanted) == []
+    loss_of(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert differing(weights_of(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), found) == []
+
+
+# -- a model given as a path, with another dtype than the checkpoint's, before anything was trained
+
+
+def cast_trainer(folder: Path, where: dict[str, Any], *, to: torch.dtype, **extra: Any) -> Any:
+    stored = torch.float32 if to == torch.bfloat16 else torch.bfloat16
+    tiny_model("llama", dtype=stored).save_pretrained(folder / "base")
+    base, options = str(folder / "base"), {"model_init_kwargs": {"dtype": to}, **where}
+    return sft_trainer(folder / "run", base, extra=extra, **options)
+
+
+def reloaded(folder: Path, save: Callable[[Path], Any]) -> Any:
+    save(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+USES: dict[str, Callable[[Any, Path], Any]] = {
+    "forward": lambda trainer, _: loss_of(trainer.model),
+    "generate": lambda trainer, _: trainer.model.generate(tiny_batch("llama")["input_ids"], max_new_tokens=2),
+    "state_dict": lambda trainer, _: trainer.model.state_dict(),
+    "save_model": lambda trainer, to: reloaded(to, lambda folder: trainer.save_model(str(folder))),
+    "save_pretrained": lambda trainer, to: reloaded(to, trainer.model.save_pretrained),
+    "deepcopy": lambda trainer, _: copy.deepcopy(trainer.model),
+    "pickle": lambda trainer, _: pickle.loads(pickle.dumps(trainer.model)),
+}
+
+
+@pytest.mark.parametrize(
+    ("to", "where"),
+    [(torch.float32, STREAMED_FROM_CPU), (torch.bfloat16, STREAMED_FROM_DISK)],
+    ids=["wider", "narrower"],
+)
+@pytest.mark.parametrize("use", USES)
+def test_a_path_loaded_in_another_dtype_can_be_used_before_training(
+    use: str, to: torch.dtype, where: dict, tmp_path: Path
+) -> None:
+    with closing(cast_trainer(tmp_path, where, to=to)) as trainer:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=to)
+        with torch.inference_mode():
+            found = USES[use](trainer, tmp_path / "saved")
+        if isinstance(found, dict):
+            found = {name: value for name, value in found.items() if name in weights_of(plain)}
+            assert differing(found, weights_of(plain)) == []
+        elif isinstance(found, torch.nn.Module):
+            assert differing(weights_of(found), weights_of(plain)) == []
+            assert found.config.dtype == to
+        assert differing(weights_of(trainer.model), weights_of(plain)) == []
+        assert loss_of(trainer.model) == loss_of(plain)
+        left = [name for module in trainer.model.modules() for name in ("generate", "__reduce_ex__")
+                if name in module.__dict__]  # fmt: skip
+        assert left == []
+        if use == "forward":
+            trainer.train()
+            assert differing(weights_of(trainer.model), weights_of(plain)) != []
+
+
+def test_adapters_on_a_path_loaded_in_another_dtype_can_be_merged_before_training(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with closing(cast_trainer(tmp_path, STREAMED_FROM_CPU, to=torch.float32, peft_config=config)) as trainer:
+        merged = trainer.model.merge_and_unload()
+        assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+
+
+def test_a_model_that_waits_for_its_dtype_does_not_keep_its_trainer_alive(tmp_path: Path) -> None:
+    trainer = cast_trainer(tmp_path, STREAMED_FROM_CPU, to=torch.float32)
+    model, alive = trainer.model, weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert alive() is None
+    copy.deepcopy(model)
+
+
+def test_a_store_that_cannot_be_opened_is_told_at_every_use_of_a_model_that_waits(tmp_path: Path) -> None:
+    with closing(cast_trainer(tmp_path, STREAMED_FROM_CPU, to=torch.float32)) as trainer:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "store").write_text("a file")
+        for _ in range(2):
+            with pytest.raises(StoreError, match="store"):
+                loss_of(trainer.model)
+        (tmp_path / "run" / "store").unlink()
+        loss_of(trainer.model)
 
 
 def test_closing_leaves_nothing_on_the_model(tmp_path: Path) -> None:

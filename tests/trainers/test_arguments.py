@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.support.models import tiny_model, tiny_rows
 from tests.support.runs import QUIET, closing, prompts, sft_trainer, step_logs, zo_trainer
 from tests.support.tokenizer import tiny_tokenizer
 from zo2trl import ZOConfig, ZOSFTConfig, ZOSFTTrainer, ZOTrainer
-from zo2trl.errors import ConfigError
+from zo2trl.errors import ConfigError, UnsupportedError
 from zo2trl.trainers.arguments import convert_arguments
 
 CONFIGS = pytest.mark.parametrize("config_class", [ZOConfig, ZOSFTConfig])
@@ -28,7 +29,15 @@ DEFAULTS = {
 def test_defaults_are_the_documented_ones(config_class: Any, tmp_path: Path) -> None:
     config = config_class(output_dir=str(tmp_path), use_cpu=True)
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    assert config.store_dir == str(tmp_path / "store")
+    assert config.store_path == tmp_path / "store"
+
+
+@CONFIGS
+def test_a_store_follows_the_output_folder_of_a_sweep(config_class: Any, tmp_path: Path) -> None:
+    config = config_class(output_dir=str(tmp_path / "a"), use_cpu=True)
+    assert replace(config, output_dir=str(tmp_path / "b")).store_path == tmp_path / "b" / "store"
+    config.output_dir = str(tmp_path / "c")
+    assert config.store_path == tmp_path / "c" / "store"
 
 
 @CONFIGS
@@ -41,7 +50,7 @@ def test_a_config_of_defaults_warns_about_nothing(config_class: Any, tmp_path: P
 @CONFIGS
 def test_a_store_elsewhere_is_left_there(config_class: Any, tmp_path: Path) -> None:
     config = config_class(output_dir=str(tmp_path / "out"), store_dir=str(tmp_path / "fast"), use_cpu=True)
-    assert config.store_dir == str(tmp_path / "fast")
+    assert config.store_path == tmp_path / "fast"
 
 
 @CONFIGS
@@ -64,6 +73,18 @@ def test_every_argument_can_be_given_on_the_command_line(config_class: Any, tmp_
     assert (config.direction, config.num_directions, config.granularity) == ("gaussian", 2, "leaf")
     assert (str(config.write_back_every), config.rounding, config.learning_rate) == ("4", "nearest", 1e-5)
     assert "device_memory" in parser.format_help()
+
+
+@pytest.mark.parametrize(("ours", "upstream"), [(ZOConfig, TrainingArguments), (ZOSFTConfig, SFTConfig)])
+def test_a_flag_without_a_value_means_what_it_means_upstream(ours: Any, upstream: Any, tmp_path: Path) -> None:
+    for flag in (field.name for field in fields(upstream) if field.type is bool):
+        words = ["--output_dir", str(tmp_path), "--use_cpu", f"--{flag}"]
+        try:
+            (theirs,) = HfArgumentParser(upstream).parse_args_into_dataclasses(words)
+        except (ValueError, ImportError):
+            continue  # it wants more beside it
+        (given,) = HfArgumentParser(ours).parse_args_into_dataclasses(words)
+        assert getattr(given, flag) in (True, getattr(theirs, flag)), flag
 
 
 def test_arguments_come_from_yaml_through_trls_parser(tmp_path: Path) -> None:
@@ -113,6 +134,12 @@ def test_nonsense_is_refused_by_name_with_what_would_work(
     assert str(value) in str(error.value)
 
 
+@CONFIGS
+def test_deepspeed_is_refused_by_name_whether_it_is_installed_or_not(config_class: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="deepspeed"):
+        config_class(output_dir=str(tmp_path), use_cpu=True, deepspeed="zero3.json")
+
+
 # -- plain upstream configs
 
 
@@ -126,8 +153,8 @@ def test_a_plain_training_arguments_gets_our_defaults_and_keeps_its_choices(tmp_
         rates = {record.learning_rate for record in trainer.engine.store.journal.records}
         assert len(step_logs(trainer)) == 2
     assert isinstance(args, ZOConfig)
-    assert (args.max_steps, args.weight_decay, args.max_grad_norm, args.store_dir) == (
-        2, 0.5, 0.0, str(tmp_path / "store"),
+    assert (args.max_steps, args.weight_decay, args.max_grad_norm, args.store_path) == (
+        2, 0.5, 0.0, tmp_path / "store",
     )  # fmt: skip
     assert rates == {1e-6}
     assert plain.learning_rate == 5e-5  # the user's object is the user's

@@ -14,6 +14,7 @@ from transformers import TrainingArguments, get_scheduler
 from tests.support.models import tiny_model
 from tests.support.tokenizer import tiny_tokenizer
 from zo2trl.errors import CheckpointError
+from zo2trl.tiers.ingest import load_mapped
 from zo2trl.trainers import checkpoint as files
 from zo2trl.trainers import states
 from zo2trl.trainers.checkpoint import Pointer, commit_checkpoint, last_valid_checkpoint, read_checkpoint
@@ -185,6 +186,16 @@ def test_an_upstream_checkpoint_is_refused_with_the_way_out_and_its_pickles_stay
         read_checkpoint(folder)
     for words in ("not a checkpoint of this package", "pass it as `model`", "zo2trl convert"):
         assert words in str(caught.value)
+
+
+def test_a_checkpoint_without_weights_given_as_the_model_says_how_to_get_the_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    files.save_without_weights(tiny_model("llama"), tiny_tokenizer(), folder)
+    commit_checkpoint(folder, POINTER)
+    with pytest.raises(CheckpointError, match="points into the run's store") as caught:
+        load_mapped(folder)
+    assert f"zo2trl export {folder} OUT" in str(caught.value) and "save_full_weights=True" in str(caught.value)
 
 
 # -- what is there for people and for loading

@@ -5,16 +5,17 @@ Invariant: results go to stdout, as a table or with `--json` as one object; what
 """
 
 import copy
+import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from zo2trl.errors import BudgetError, StoreError
+from zo2trl.errors import BudgetError, ConfigError, StoreError
 
 if TYPE_CHECKING:
     from zo2trl.tiers.rates import MachineRates
@@ -31,13 +32,10 @@ class PlanArguments:
     Arguments of `zo2trl plan` beside those of `zo2trl sft`.
 
     Parameters:
-        json (`bool`, *optional*, defaults to `False`):
-            Print one JSON object instead of tables.
         probe (`str`, *optional*, defaults to `"once"`):
             When this machine's rates are measured: `"once"` and kept, `"again"`, or `"never"`.
     """
 
-    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of tables."})
     probe: str = field(
         default="once",
         metadata={
@@ -56,19 +54,19 @@ def run(argv: Sequence[str]) -> int:
     from zo2trl.cli.store import be_quiet
 
     be_quiet()
-    plan_args, args, model_args = _parse(argv)
+    plan_args, args, model_args, is_json = _parse(argv)
     from zo2trl.trainers.planning import plan_training
 
     process_bytes = _anonymous_bytes()
-    rates = _rates(args, probe=plan_args.probe)
+    rates = functools.cache(lambda: _rates(args, probe=plan_args.probe))
 
     def plan(args: Any, model_args: Any) -> "Planned":
         return plan_training(args, model_args, rates=rates, process_bytes=process_bytes)
 
     planned = plan(args, model_args)
-    report = _report(planned, args, model_args, rates=rates)
+    report = _report(planned, args, model_args, rates=rates())
     report["advice"] = _advice(planned, args, model_args, plan=plan)
-    if plan_args.json:
+    if is_json:
         print(json.dumps(report, allow_nan=False))
     else:
         from zo2trl.cli.plan_table import print_report
@@ -77,27 +75,64 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> tuple[PlanArguments, Any, Any]:
+def _parse(argv: Sequence[str]) -> tuple[PlanArguments, Any, Any, bool]:
+    """(own arguments, the training's, the model's, whether to print JSON)"""
     from zo2trl.trainers.planning import plan_parser
     from zo2trl.trainers.scripts import parse
 
+    parser = plan_parser(PlanArguments)
+    # Not in the dataclass, whose flags take a value: `--json MODEL` would read the model as one.
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of tables.")
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv[:1] = ["--model_name_or_path", argv[0]]
-    plan_args, _, args, model_args, _ = parse(plan_parser(PlanArguments), argv, fail_with_unknown_args=False)
-    return plan_args, args, model_args
+    plan_args, _, args, model_args, _, more, from_config, from_line = parse(
+        parser, argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    left = [*from_config[::2], *(each.partition("=")[0] for each in from_line if each.startswith("-"))]
+    _refuse_unread(left, from_config=from_config, known=parser._option_string_actions)
+    if from_line and not any(each.partition("=")[0] == "--model_name_or_path" for each in argv):
+        model_args.model_name_or_path = from_line.pop(0)
+    if from_line:
+        raise ConfigError(f"`{from_line[0]}` belongs to no option, and `zo2trl plan` plans one model. Leave it out.")
+    return plan_args, args, model_args, more.json
+
+
+def _refuse_unread(options: Sequence[str], *, from_config: Sequence[str], known: Collection[str]) -> None:
+    """Refuse what neither a plan nor `zo2trl sft` reads. What a file tells `accelerate launch` is not for a plan."""
+    if not options:
+        return
+    from accelerate.commands.launch import launch_command_parser
+
+    from zo2trl.trainers.scripts import SCRIPTS, make_parser, refuse_unknown
+
+    of_accelerate = {*launch_command_parser()._option_string_actions, "--accelerate_config"}
+    for option in options:
+        if option in of_accelerate:
+            if option not in from_config:
+                raise ConfigError(
+                    f"`{option}` tells `accelerate launch` how to start, and a plan starts nothing. Leave it out."
+                )
+            continue
+        for name in SCRIPTS:
+            if option in make_parser(name)._option_string_actions:
+                raise ConfigError(
+                    f"`{option}` is an argument of `zo2trl {name}`, and `zo2trl plan` covers `zo2trl sft` only. "
+                    "Leave it out."
+                )
+        refuse_unknown(option, name="sft", others=known)
 
 
 def _rates(args: Any, *, probe: str) -> "MachineRates":
     from zo2trl.tiers.rates import identity, load_rates, save_rates, typical_rates
 
-    key = identity(args.device, Path(args.store_dir))
+    key = identity(args.device, args.store_path)
     found = None if probe == "again" else load_rates(key)
     if found is None and probe != "never":
         from zo2trl.tiers.probe import measure_rates
 
         print("Measuring this machine (about ten seconds, kept for later) ...", file=sys.stderr, flush=True)
-        found = measure_rates(args.device, Path(args.store_dir))
+        found = measure_rates(args.device, args.store_path)
         try:
             save_rates(key, found)
         except (OSError, RuntimeError, StoreError) as error:
@@ -138,7 +173,10 @@ def _report(planned: "Planned", args: Any, model_args: Any, *, rates: "MachineRa
         "ring_bytes": placement.ring_bytes,
         "scratch_bytes": placement.scratch_bytes * placement.scratch_copies,
         "bytes_per_step": asdict(found.links),
-        "disk_written_bytes_per_run": None if n_steps is None else found.links.disk_written * n_steps,
+        "disk_written_bytes_at_start": found.disk_written_first,
+        "disk_written_bytes_per_run": None
+        if n_steps is None
+        else found.disk_written_first + found.links.disk_written * n_steps,
         "device_peak_bytes": found.peaks.device,
         "pinned_peak_bytes": found.peaks.pinned,
         "host_peak_bytes": found.peaks.host,
@@ -170,12 +208,26 @@ def _advice(
         except BudgetError:
             continue
         gain = other.forecast.tokens_per_s / planned.forecast.tokens_per_s
+        if other.forecast.peaks.disk > max(planned.forecast.peaks.disk, _free_on_disk(args.store_path)):
+            continue
         if gain > max(WORTH, best["gain"] if best else 0.0):
             best = {
                 "option": option, "gain": gain, "seconds_per_step": other.forecast.step_s,
                 "tokens_per_second": other.forecast.tokens_per_s, "bound": other.forecast.bound,
+                "disk_written_bytes_at_start": other.forecast.disk_written_first,
+                "trains_16_bit": _trains_16_bit(other) and not _trains_16_bit(planned),
             }  # fmt: skip
     return best
+
+
+def _trains_16_bit(planned: "Planned") -> bool:
+    specs = (spec for unit in planned.forecast.plan.layout.units for spec in unit.tensors)
+    return any(spec.trainable and spec.dtype.itemsize == 2 for spec in specs)
+
+
+def _free_on_disk(folder: Path) -> int:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return psutil.disk_usage(str(there)).free
 
 
 def _neighbours(planned: "Planned", args: Any, model_args: Any) -> Iterator[tuple[str, Any, Any]]:

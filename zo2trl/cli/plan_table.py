@@ -70,6 +70,9 @@ def _bytes(report: dict[str, Any]) -> Table:
     for link, name in _LINKS.items():
         a_run = format_bytes(written) if link == "disk_written" and written is not None else ""
         table.add_row(name, format_bytes(report["bytes_per_step"][link]), a_run, "")
+    first = report["disk_written_bytes_at_start"]
+    if first and written is None:
+        table.add_row("written before the first", "", format_bytes(first), "")
     for name, key in _PEAKS.items():
         table.add_row(name, "", "", format_bytes(report[key]))
     return table
@@ -94,6 +97,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append("No single option would make it faster by much.")
     else:
         lines.append(f"What would help most: {advice['option']} ({advice['gain']:.2f} x the tokens per second).")
+        lines += _prices(advice, report)
     machine, age_s = report["machine"], report["machine"]["age_s"]
     flops = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in machine["flops"].items())
     basis = (
@@ -106,6 +110,17 @@ def _lines(report: dict[str, Any]) -> list[str]:
     )
     if not report["counted"]:
         lines.append("This model's forward looks at values, so its work was taken from the number of its weights.")
+    return lines
+
+
+def _prices(advice: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    """What the advised option costs."""
+    lines: list[str] = []
+    first = advice["disk_written_bytes_at_start"]
+    if first > report["disk_written_bytes_at_start"]:
+        lines.append(f"It writes {format_bytes(first)} to `store_dir` before the first step, for weights on disk.")
+    if advice["trains_16_bit"]:
+        lines.append("In 16 bits, large weights do not feel a small `zo_eps`: see docs/tuning.md.")
     return lines
 
 

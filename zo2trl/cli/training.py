@@ -2,13 +2,14 @@
 
 Does not: train in this process; `trainers/scripts.py` does, in the processes that accelerate starts.
 Invariant: as in TRL, every argument reaches exactly one reader: what the script knows goes to it, whether from the
-command line or from the `--config` file, and the rest to `accelerate launch`.
+command line or from the `--config` file, and the rest to `accelerate launch`. Nothing but options reaches it: the
+first positional is the script that it runs.
 """
 
-import difflib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -27,6 +28,8 @@ COMMANDS = {
     "reward": "training of a reward model",
 }
 _MODULE = "zo2trl.trainers.scripts"
+_ACCELERATE_CONFIG = "--accelerate_config"
+_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no", "none")
 _CONFIGS = ("zo2trl", "trl")  # packages with bundled configurations of accelerate; ours first
 
 
@@ -51,17 +54,20 @@ def run(name: str, argv: Sequence[str]) -> int:
     launcher = launch_command_parser()
     known = launcher._option_string_actions
     from_config, from_line, for_script = _split(name, argv)
+    _refuse_unknown(from_config[::2], name=name, known=known)
+    _refuse_unread(from_line, name=name, known=known)
     for_launch = [*_as_flags(from_config, known), *from_line]
-    _refuse_unknown(for_launch, name=name, known=known)
     arguments = [*_all_cores(with_config_file(for_launch)), "--module", _MODULE, name, *for_script]
+    asked = launcher.parse_args(arguments)
     try:
-        with _passing_signals_on():
-            launch_command(launcher.parse_args(arguments))
+        _warn_of_one_process(asked)
+        with _passing_signals_on(), _checked():
+            launch_command(asked)
     except subprocess.CalledProcessError as error:  # it has said why
         return error.returncode if error.returncode > 0 else 128 - error.returncode
     except ChildFailedError as error:
         return next((failure.exitcode for failure in error.failures.values() if failure.exitcode > 0), 1)
-    except ValueError as error:  # accelerate's own word on its arguments
+    except (FileNotFoundError, ValueError) as error:  # accelerate's own word on its arguments
         raise ConfigError(f"accelerate launch: {error}") from error
     return 0
 
@@ -79,7 +85,12 @@ def _as_flags(from_config: Sequence[str], known: Any) -> Iterator[str]:
     """`--multi_gpu True`, which `multi_gpu: true` in a file becomes, as a command line has it."""
     for option, value in zip(from_config[::2], from_config[1::2], strict=True):
         if getattr(known.get(option), "nargs", None) == 0:
-            if value.lower() in ("true", "1", "yes"):
+            if value.lower() not in (*_TRUE, *_FALSE):
+                name = option.removeprefix("--")
+                raise ConfigError(
+                    f"`{name}` is {value!r} in the `--config` file, and is true or false. Set one of them."
+                )
+            if value.lower() in _TRUE:
                 yield option
         else:
             yield from (option, value)
@@ -91,17 +102,50 @@ def _without(argv: Sequence[str], ordered: Sequence[str]) -> list[str]:
     return [item for item in argv if not (left and item == left[0] and left.pop(0) is not None)]
 
 
-def _refuse_unknown(arguments: Sequence[str], *, name: str, known: Any) -> None:
-    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
-    for option in options:
-        if option == "--accelerate_config" or any(each.startswith(option) for each in known):
-            continue
-        from zo2trl.trainers.scripts import make_parser
+def _refuse_unread(arguments: Sequence[str], *, name: str, known: Any) -> None:
+    """Refuse what accelerate has no option for; a positional above all, which it would run instead of the training."""
+    from zo2trl.trainers.scripts import refuse_positional
 
-        ours = make_parser(name)._option_string_actions
-        near = difflib.get_close_matches(option, [*ours, *known, "--accelerate_config"], n=1, cutoff=0.6)
-        hint = f"Did you mean `{near[0]}`?" if near else f"`zo2trl {name} --help` lists those that exist."
-        raise ConfigError(f"`{option}` is an argument of neither `zo2trl {name}` nor `accelerate launch`. {hint}")
+    is_value = False
+    for argument in arguments:
+        option, equals, _ = argument.partition("=")
+        if is_value:
+            is_value = False
+        elif not argument.startswith("-"):
+            refuse_positional(argument, name=name)
+        else:
+            _refuse_unknown([option], name=name, known=known)
+            is_value = not equals and getattr(known.get(option), "nargs", None) != 0
+
+
+def _refuse_unknown(options: Sequence[str], *, name: str, known: Any) -> None:
+    from zo2trl.trainers.scripts import refuse_unknown
+
+    for option in options:
+        if option not in (*known, _ACCELERATE_CONFIG):
+            refuse_unknown(option, name=name, others=[*known, _ACCELERATE_CONFIG])
+
+
+def _warn_of_one_process(asked: Any) -> None:
+    """Where accelerate makes one process of the several that were asked for, it does not say so."""
+    import torch
+    from accelerate.commands.config import default_config_file, load_config_from_file
+
+    if (asked.num_processes or 1) < 2:
+        return
+    starts_several = asked.multi_gpu or asked.tpu or asked.use_deepspeed or asked.use_fsdp or asked.use_megatron_lm
+    if asked.config_file is not None or (Path(default_config_file).is_file() and not asked.cpu):
+        kind = load_config_from_file(asked.config_file).distributed_type
+        starts_several = starts_several or str(getattr(kind, "value", kind)) != "NO"
+    else:
+        starts_several = starts_several or torch.cuda.device_count() > 1
+    if asked.cpu or not starts_several:
+        print(
+            f"zo2trl: warning: `num_processes` is {asked.num_processes}, and accelerate starts one process where "
+            f"there are not several GPUs to train on. For several on CPUs: `torchrun --nproc_per_node "
+            f"{asked.num_processes} -m {_MODULE} ...`.",
+            file=sys.stderr,
+        )
 
 
 def _all_cores(arguments: list[str]) -> list[str]:
@@ -109,7 +153,8 @@ def _all_cores(arguments: list[str]) -> list[str]:
     import torch
     from accelerate.commands.config import default_config_file
 
-    is_told = {"--num_cpu_threads_per_process", "--num_processes", "--config_file"} & set(arguments)
+    given = {argument.partition("=")[0].replace("-", "_") for argument in arguments}
+    is_told = {"__num_cpu_threads_per_process", "__num_processes", "__config_file"} & given
     if is_told or torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ or Path(default_config_file).is_file():
         return arguments
     return ["--num_cpu_threads_per_process", str(torch.get_num_threads()), *arguments]
@@ -121,9 +166,12 @@ def with_config_file(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: neither a file nor the name of a bundled configuration.
     """
-    option = "--accelerate_config"
+    option = _ACCELERATE_CONFIG
+    arguments = [
+        part for each in arguments for part in (each.split("=", 1) if each.startswith(f"{option}=") else [each])
+    ]
     if option not in arguments:
-        return list(arguments)
+        return arguments
     at = arguments.index(option)
     if at + 1 == len(arguments):
         raise ConfigError(f"`{option}` needs a name ({', '.join(bundled_configs())}) or the path of a file.")
@@ -145,6 +193,22 @@ def bundled_configs() -> dict[str, Path]:
         for file in sorted(folder.glob("*.yaml")):
             found.setdefault(file.stem, file)
     return found
+
+
+@contextmanager
+def _checked() -> Iterator[None]:
+    """Tell the processes of the training that accelerate's own keys in the file have been read here."""
+    from zo2trl.trainers.scripts import CHECKED
+
+    before = os.environ.get(CHECKED)
+    os.environ[CHECKED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CHECKED]
+        else:
+            os.environ[CHECKED] = before
 
 
 @contextmanager

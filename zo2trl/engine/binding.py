@@ -10,10 +10,12 @@ Invariant: outside a march every parameter is at rest.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,12 +27,24 @@ from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit, VisitPoint
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import carve
 
-__all__ = ["Around", "Binding", "Forward"]
+__all__ = ["Around", "Binding", "FirstUse", "Forward"]
+
+logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 Arguments = tuple[tuple, dict]
 Around = Callable[[VisitPoint, Forward, Arguments], Any]
 """Gets a visit point, the module's own forward and its (args, kwargs); returns what the forward returns."""
+
+
+_USES = ("generate", "save_pretrained", "merge_and_unload", "merge_adapter", "unload", "__reduce_ex__")
+"""What reads or keeps a model's weights or their dtype before any forward or state dict is asked for."""
+
+
+class _Misfit(NamedTuple):
+    name: str
+    parameter: nn.Parameter
+    replacement: torch.Tensor
 
 
 class Binding:
@@ -54,6 +68,7 @@ class Binding:
         self._resting = {}
         self._seen_versions = {}
         self._untouched = []
+        self._buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         self._hooked: list[tuple[nn.Module, Forward | None]] = []
         self._handles: list[RemovableHandle] = []
 
@@ -137,6 +152,26 @@ class Binding:
                 if is_new:
                     self._bring_home(spec, parameter, segment.unit)
         return list(changed.values())
+
+    def set_misfits_aside(self) -> Callable[[], None]:
+        """Put parameters to rest that hold what `adopt_changes` would refuse for its dtype or shape.
+
+        Returns:
+            To be called in the end. Another shape is given back then, for the rest of the model has it by now. Another
+            dtype is not: it was made of weights that may have been steps behind.
+        """
+        found: list[_Misfit] = []
+        for unit in self.layout.units:
+            for spec in unit.tensors:
+                parameter, resting = self._parameters[spec.tensor_id], self._resting.get(spec.tensor_id)
+                if resting is not None and (parameter.dtype, parameter.shape) != (resting.dtype, resting.shape):
+                    found.append(_Misfit(spec.name, parameter, parameter.data))
+                    parameter.data = resting
+        for module, name, buffer in self._buffers if found else ():  # a conversion rounds these, too
+            now = module._buffers.get(name)
+            if now is not None and now.dtype != buffer.dtype:
+                module._buffers[name] = buffer
+        return partial(_settle, found)
 
     def _was_touched(self) -> bool:
         """Whether a closer look is worth it; a step begins with this while the device waits."""
@@ -244,6 +279,24 @@ def _followed_by(after: Callable[[], None]) -> Callable[[Forward, Arguments], An
     return around
 
 
+def _settle(misfits: Sequence[_Misfit]) -> None:
+    resized = [one for one in misfits if one.replacement.shape != one.parameter.shape]
+    cast = [one for one in misfits if one.replacement.shape == one.parameter.shape]
+    for one in resized:
+        one.parameter.data = one.replacement.to(one.parameter.dtype)
+    if resized:
+        names = ", ".join(one.name for one in resized)
+        logger.warning(
+            "Closing leaves %s as resized: the store, which holds another shape, could not adopt it.", names
+        )
+    if cast:
+        logger.warning(
+            "Closing undoes a conversion that the store could not adopt: %s and %d more parameters show their trained "
+            "values in %s again. Convert the model now that it is closed.",
+            cast[0].name, len(cast) - 1, cast[0].parameter.dtype,
+        )  # fmt: skip
+
+
 class _Routed:
     """A module's forward while its weights are managed; a copy or a pickle of the module gets the plain one back."""
 
@@ -262,8 +315,75 @@ class _Routed:
         return self._inner.__reduce__()
 
 
+class FirstUse:
+    """Calls back, once, before a model is used whose parameters are not yet what they are going to be.
+
+    A use is a forward, a state dict, a copy, a pickle, or one of `_USES`. The hooks are gone before the call, and come
+    back if it fails.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[[], None]) -> None:
+        self._model, self._call = model, call
+        self._handles: list[RemovableHandle] = []
+        self._routed: list[tuple[nn.Module, str, Any, Any]] = []
+        self._install()
+
+    def come(self) -> None:
+        """It is being used, or is about to be; idempotent."""
+        if self._handles:
+            with self.preparing():
+                self._call()
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Inside, and afterwards unless it raises, there are no hooks."""
+        was_there = bool(self._handles)
+        self._remove()
+        try:
+            yield
+        except BaseException:
+            if was_there:
+                self._install()
+            raise
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        while self._routed:
+            module, name, routed, before = self._routed.pop()
+            if module.__dict__.get(name) is not routed:
+                continue  # somebody else wrapped it again: it stays, and does nothing of its own any more
+            if before is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+
+    def _install(self) -> None:
+        hook = _BeforeState(self.come)
+        for module in self._model.modules():
+            if module is self._model or isinstance(module, PreTrainedModel):
+                self._handles.append(module.register_forward_pre_hook(hook))
+                self._handles.append(module.register_state_dict_pre_hook(hook))
+                self._handles.append(module.register_load_state_dict_pre_hook(hook))
+                self._route(module, _USES)
+            else:
+                self._route(module, _USES[:-1])  # the tuners of PEFT
+
+    def _route(self, module: nn.Module, names: Sequence[str]) -> None:
+        for name in names:
+            if hasattr(type(module), name):
+                before = module.__dict__.get(name)
+                routed = _Routed(getattr(module, name), self._before)
+                module.__dict__[name] = routed
+                self._routed.append((module, name, routed, before))
+
+    def _before(self, inner: Forward, arguments: Arguments) -> Any:
+        self.come()
+        return inner(*arguments[0], **arguments[1])
+
+
 class _BeforeState:
-    """Calls back before a state dict is made or loaded; in a copy or a pickle of the module it does nothing."""
+    """Calls back before a module does something; in a copy or a pickle of the module it does nothing."""
 
     def __init__(self, call: Callable[[], None] | None = None) -> None:
         self._call = call

@@ -6,7 +6,7 @@ Invariant: bytes and places are those of the plan. Seconds, and what a process h
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,8 +45,8 @@ class Peaks:
         device: weights, ring, scratch and activations; on a CPU-only machine a part of `host`.
         pinned: home copies in host memory, and staging.
         host: of the process, beside mapped files.
-        disk: of the store's unit files, with one new version of the largest in the making. Frozen units are read from
-            the checkpoint itself.
+        disk: of the store's unit files, with one new version of the largest in the making. Frozen units that the
+            checkpoint holds as they are used are read from there, and the others are copied.
     """
 
     device: int
@@ -62,6 +62,7 @@ class Forecast:
     Attributes:
         plan, every: where units live; steps between write-backs, by tier.
         links, peaks: bytes.
+        disk_written_first: bytes written once, before the first step: units that live on disk.
         forward_s, visit_s, upload_s, disk_s: seconds of the parts; the step takes the longest of what runs at once.
         tokens: in a step, all micro-batches.
         step_s: seconds of a step.
@@ -73,6 +74,7 @@ class Forecast:
     every: Mapping[TierName, int]
     links: Links
     peaks: Peaks
+    disk_written_first: int
     forward_s: float
     visit_s: float
     upload_s: float
@@ -103,6 +105,7 @@ def forecast(
     tokens: int,
     passes_per_march: int = 1 << 30,
     process_bytes: int = 0,
+    copied: Collection[int] = (),
 ) -> Forecast:
     """What a step takes.
 
@@ -112,6 +115,7 @@ def forecast(
         tokens: in all micro-batches.
         passes_per_march: a step with more passes marches through the model several times.
         process_bytes: what a process holds before it opens a store (libraries).
+        copied: indices of frozen units that the checkpoint's files do not hold as they are used.
     """
     on_cpu = options.device.type == "cpu"
     every = write_back_intervals(plan.layout, plan.placement, options)
@@ -135,9 +139,10 @@ def forecast(
     bound = max(lanes, key=lambda lane: lanes[lane])
     moving_s = max(upload_s, disk_s)
     per_token_s = forward_s / tokens
+    first = sum(unit.n_bytes for unit in _filed(plan, copied))
+    peaks = _peaks(plan, workload, n_passes=n_together, on_cpu=on_cpu, process_bytes=process_bytes, copied=copied)
     return Forecast(
-        plan=plan, every=every, links=links,
-        peaks=_peaks(plan, workload, n_passes=n_together, on_cpu=on_cpu, process_bytes=process_bytes),
+        plan=plan, every=every, links=links, peaks=peaks, disk_written_first=first,
         forward_s=forward_s, visit_s=visit_s, upload_s=upload_s, disk_s=disk_s, tokens=tokens,
         step_s=lanes[bound], bound=bound,
         hiding_tokens=max(round((moving_s - visit_s) / per_token_s), 0) if moving_s else 0,
@@ -202,17 +207,25 @@ def _copies_s(cost: VisitCost, plan: Plan, tier: TierName, *, interval: int, opt
     return (options.num_directions - 1) * 2 * cost.alone_s + last
 
 
-def _peaks(plan: Plan, workload: Workload, *, n_passes: int, on_cpu: bool, process_bytes: int) -> Peaks:
+def _filed(plan: Plan, copied: Collection[int]) -> list[Unit]:
+    """Units with a file in the store."""
+    on_disk = [unit for unit in plan.layout.units if plan.placement.tier_of[unit.index] == "disk"]
+    return [unit for unit in on_disk if unit.is_trained or unit.index in copied]
+
+
+def _peaks(
+    plan: Plan, workload: Workload, *, n_passes: int, on_cpu: bool, process_bytes: int, copied: Collection[int]
+) -> Peaks:
     placement, units = plan.placement, plan.layout.units
     on_disk = [unit.n_bytes for unit in units if placement.tier_of[unit.index] == "disk"]
-    written = [unit.n_bytes for unit in units if placement.tier_of[unit.index] == "disk" and unit.is_trained]
+    filed = _filed(plan, copied)
     device = placement.device_bytes + workload.activation_bytes(n_passes=n_passes)
     host = process_bytes + HOST_WORKING_BYTES + placement.cpu_bytes + (WRITER_BYTES if on_disk else 0)
     return Peaks(
         device=device,
         pinned=0 if on_cpu else placement.cpu_bytes + _staging_bytes(plan, on_disk),
         host=host + (device if on_cpu else 0),
-        disk=sum(written) + max(written, default=0),
+        disk=sum(u.n_bytes for u in filed) + max((u.n_bytes for u in filed if u.is_trained), default=0),
     )
 
 

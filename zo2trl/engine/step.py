@@ -9,7 +9,7 @@ and a step touches the store in one way: by appending its record.
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -207,19 +207,22 @@ class Engine:
             self._bind()
 
     def shutdown(self, *, flush: bool = True) -> None:
-        """Absorb every step, take the hooks off and close the store; idempotent.
+        """Absorb every step, take the hooks off and close the store; idempotent, and done even where a part fails.
 
         The parameters keep showing what their homes held, so on the CPU the model stays an ordinary model. Without
         `flush` that may be a few steps old: for processes that have to end now, with everything in the journal.
         """
-        if self.store.is_open:
+        if not self.store.is_open:
+            return
+        with ExitStack() as everything:
+            for undo in reversed(self.on_shutdown):
+                everything.callback(undo)
+            everything.callback(self.store.close)
+            everything.callback(self._displacer.free)
+            everything.callback(self.binding.unhook)
             if flush:
+                everything.callback(self.binding.set_misfits_aside())
                 self.flush()
-            self.binding.unhook()
-            self._displacer.free()
-            self.store.close()
-            for undo in self.on_shutdown:
-                undo()
 
     # -- marching
 

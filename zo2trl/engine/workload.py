@@ -70,12 +70,15 @@ def make_fake(model: nn.Module, *, mode: FakeTensorMode) -> None:
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})  # type: ignore[arg-type]
 
 
-def count_pass(model: nn.Module, run: Callable[[], Any], *, mode: FakeTensorMode) -> Workload:
+def count_pass(
+    model: nn.Module, run: Callable[[], Any], *, mode: FakeTensorMode, autocast: torch.dtype | None = None
+) -> Workload:
     """Run one pass and count.
 
     Args:
         model: of fake tensors of `mode`.
         run: one ordinary call of the model's loss.
+        autocast: what a trainer's autocast casts to; None: it has none.
 
     Raises:
         Exception: whatever a forward raises that looks at values, which fake tensors have none of.
@@ -85,7 +88,9 @@ def count_pass(model: nn.Module, run: Callable[[], Any], *, mode: FakeTensorMode
         block.register_forward_pre_hook(counting.between_blocks) for _, stack in find_stacks(model) for block in stack
     ]
     try:
-        with mode, torch.no_grad(), counting, _Attention(counting):
+        # Without its cache, as in training, where a Parameter holds many probes' weights.
+        casting = torch.autocast("cpu", dtype=autocast, enabled=autocast is not None, cache_enabled=False)
+        with mode, torch.no_grad(), casting, counting, _Attention(counting):
             run()
     finally:
         for handle in handles:
@@ -171,9 +176,16 @@ class _Attention(TorchFunctionMode):
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         names = ("query", "key", "value")
-        query, key, value = (kwargs[name] if name in kwargs else args[i] for i, name in enumerate(names))
+        given_three = (kwargs[name] if name in kwargs else args[i] for i, name in enumerate(names))
+        query, key, value = (_autocast(tensor) for tensor in given_three)
         self._counting.attend(query, key, value)
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """What fused attention works on."""
+    is_cast = torch.is_autocast_enabled("cpu") and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return tensor.to(torch.get_autocast_dtype("cpu")) if is_cast else tensor
 
 
 def _arguments(given: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -31,11 +31,12 @@ from zo2trl.errors import StoreError, StoreForeign
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.journal import Journal
 
-__all__ = ["StoreFolder"]
+__all__ = ["StoreFolder", "where_it_may_be"]
 
 FORMAT = 2
 _DESCRIPTION = "store.json"
 _EARLIER = "earlier"
+_STORES_BELOW = ("rank-0", "store", "store/rank-0")  # of several processes; of a trainer that was not told where
 _MOVING = "journal.moving"
 _OF_A_RUN = ("journal", "logbook", "layout.json", "model", "units")  # the journal first: without it nothing counts
 _MAX_DESCRIPTION_BYTES = 1 << 20
@@ -88,7 +89,7 @@ class StoreFolder:
         if fs.exists(path / _EARLIER / "journal") and folder._count_steps() == 0:
             folder.path = path / _EARLIER  # the run that would be continued
         if found is None or not fs.exists(folder.journal):
-            raise StoreForeign(f"{path} holds no store with a run in it. Check the path.")
+            raise StoreForeign(f"{path} holds no store with a run in it. {where_it_may_be(path, fs=fs)}")
         return folder
 
     @property
@@ -242,3 +243,9 @@ class StoreFolder:
 
     def _unit_files(self) -> list[str]:
         return self._fs.list_names(self.units) if self._fs.exists(self.units) else []
+
+
+def where_it_may_be(path: Path, *, fs: FS = LOCAL) -> str:
+    """What to say of a folder that is no store: there may be one in it."""
+    below = [path / name for name in _STORES_BELOW if fs.exists(path / name / "journal")]
+    return f"Did you mean {below[0]}?" if below else "Check the path."

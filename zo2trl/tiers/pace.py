@@ -178,6 +178,7 @@ class Pace:
 # 461, 459 written back every 1, 2, 4, 8 steps, so a written byte delays the reads by 1/535 GB/s; with a quarter of the
 # blocks streamed in 24 GB a step takes 9 ms longer than with all resident. zo/visit_triton.py on one block: 4.05 TB/s
 # where memory bounds it, and further steps at the rates below. The drive gave 2.9 GB/s and took 0.94.
+# rates.py has its own rates of the same machine, by dtype, for forecasts.
 _H200 = Rates(
     upload_bytes=55e9, write_bytes=535e9, disk_read_bytes=2.9e9, disk_write_bytes=0.94e9,
     copied_beside_computing_bytes=1e12, memory_bytes=4.05e12, flops=600e12,

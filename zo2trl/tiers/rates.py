@@ -139,7 +139,7 @@ def typical_rates(device_type: str) -> MachineRates:
     return _H200 if device_type == "cuda" else _TWO_CORES
 
 
-# docs/performance.md, one visit's kernel on a block of 314.6 M weights.
+# docs/performance.md, one visit's kernel on a block of 314.6 M weights. pace.py has its own rates of the same machine.
 _H200 = MachineRates(
     flops={"bfloat16": 6e14, "float16": 6e14, "float32": 4e13}, moved_bytes=4e12, operation_s=6e-6,
     visits={

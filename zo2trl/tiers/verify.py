@@ -16,7 +16,7 @@ import torch
 
 from zo2trl.errors import StoreError, StoreForeign, ZO2TRLError
 from zo2trl.tiers.base_weights import BaseWeights
-from zo2trl.tiers.folder import StoreFolder
+from zo2trl.tiers.folder import StoreFolder, where_it_may_be
 from zo2trl.tiers.fs import FS, LOCAL, MAX_LOCK_TEXT
 from zo2trl.tiers.journal import Journal, UnitRecord
 from zo2trl.tiers.layout import Unit
@@ -80,7 +80,7 @@ def verify_store(
         StoreForeign: there is nothing of a store in the folder.
     """
     if not any(fs.exists(store_dir / name) for name in ("store.json", "journal", "journal.moving", "earlier")):
-        raise StoreForeign(f"{store_dir} holds no store. Check the path.")
+        raise StoreForeign(f"{store_dir} holds no store. {where_it_may_be(store_dir, fs=fs)}")
     look = _Look(store_dir, progress, fs)
     look.at_folder()
     for place in (store_dir, store_dir / "earlier"):

@@ -25,6 +25,7 @@ __all__ = [
 
 # An index has one line per tensor; the largest published ones stay under 20 MB.
 MAX_INDEX_BYTES = 256 * 2**20
+_MARKER = "zo_checkpoint.json"  # of trainers/checkpoint.py
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 _FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -90,6 +91,12 @@ def weight_files(source: str, config: PreTrainedConfig, kwargs: Mapping[str, Any
     for path in (trusted_file(folder, name) for name in candidates):
         if path.is_file():
             return indexed_files(path) if path.suffix == ".json" else [path]
+    if trusted_file(folder, _MARKER).is_file():
+        raise CheckpointError(
+            f"{folder} is a checkpoint of zo2trl without weights: its {_MARKER} points into the run's store. Write an "
+            f"ordinary model folder first, `zo2trl export {folder} OUT`, and load that; or train with "
+            "`save_full_weights=True`, which puts the weights into every checkpoint."
+        )
     if not any(folder.glob("*.bin")):
         raise CheckpointError(f"{folder} has no {' or '.join(candidates)}: no weights to load. Check the path.")
     raise CheckpointError(

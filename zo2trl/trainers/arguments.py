@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments
 
-from zo2trl.errors import ConfigError
+from zo2trl.errors import ConfigError, UnsupportedError
 from zo2trl.tiers.placement import parse_size
 from zo2trl.zo.noise import DIRECTIONS
 
@@ -158,20 +158,30 @@ class ZOArguments:
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "If positive, the projected gradient is clipped to this absolute value."}
     )
-    # None, not False: upstream takes any other value for a use of the old name of `activation_checkpointing`.
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Has no effect: nothing is stored for a backward pass."}
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Has no effect: nothing is stored for a backward pass."}
     )
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_numbers(self)
+        if deepspeed := getattr(self, "deepspeed", None):  # before upstream asks for the package
+            raise UnsupportedError(
+                f"`deepspeed={deepspeed!r}` cannot work with ZO training: DeepSpeed owns the parameters, and so does "
+                "the tiered store. Remove it: the store already spreads them."
+            )
         if getattr(self, "bf16", False) is None and not torch.cuda.is_available():
             self.bf16 = False  # TRL means "where the GPU can"; upstream refuses it on a machine without one
+        if not self.gradient_checkpointing:
+            # Upstream takes any value but None for a use of the old name of `activation_checkpointing`.
+            self.gradient_checkpointing = None  # type: ignore[assignment]
         super().__post_init__()  # type: ignore[misc]
         self.gradient_checkpointing = bool(self.gradient_checkpointing)
-        if self.store_dir is None:
-            self.store_dir = str(Path(self.output_dir) / "store")  # type: ignore[attr-defined]
+
+    @property
+    def store_path(self) -> Path:
+        """`store_dir`, or its default beside what `output_dir` is now: scripts that sweep set another one per run."""
+        return Path(self.store_dir) if self.store_dir else Path(self.output_dir or ".") / "store"  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -202,11 +212,9 @@ def convert_arguments(args: TrainingArguments, to: type[_Config]) -> _Config:
             replaced.append(f"{ours.name}: {had} -> {ours.default}")
         if ours.name not in upstream or had == upstream[ours.name]:
             converted.__dict__[ours.name] = ours.default
-    if converted.gradient_checkpointing is None:
+    if getattr(args, "gradient_checkpointing", False) and not converted.gradient_checkpointing:
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             converted.__dict__[name] = False
-    if converted.store_dir is None:
-        converted.store_dir = str(Path(args.output_dir or ".") / "store")
     _warn_of_replaced([row for row in replaced if not row.startswith("gradient_checkpointing")], to)
     return converted
 

@@ -8,6 +8,7 @@ The Trainer keeps its own order of things. Steps are made in stepping.py; resumi
 
 import logging
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from accelerate.utils import AutocastKwargs
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
+from zo2trl.engine.binding import FirstUse
 from zo2trl.engine.fitting import DeviceFit
 from zo2trl.engine.heads import deferring_logits, hook_heads
 from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
@@ -66,6 +68,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
     _casts: dict[nn.Parameter, torch.dtype]  # what the store still has to cast while it adopts a mapped checkpoint
     device_fit: DeviceFit
     _shutdown: Any = None
+    _first_use: FirstUse | None = None  # while parameters show a mapped checkpoint's dtype
 
     def __init__(self, *positional: Any, objective: Any = None, **named: Any) -> None:
         given = signature(super().__init__).bind_partial(*positional, **named).arguments
@@ -101,6 +104,8 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         check_labels(self)
         self._carry_objective_columns()
         self._plan_first()
+        if any(p.dtype != dtype for p, dtype in self._casts.items()):
+            self._first_use = FirstUse(self.model, partial(_open_engine_of, weakref.ref(self)))
 
     # -- the engine and its store
 
@@ -114,9 +119,10 @@ class ZOTrainerMixin(SteppingMixin, _Base):
 
     def _open_engine(self, mode: Mode) -> None:
         self.close()
-        refuse_other_number(Path(self.args.store_dir), self.ranks)
+        refuse_other_number(self.args.store_path, self.ranks)
         self._engine_options = self._options()
-        self._engine = engine = open_engine(self.model, self._engine_options, mode=mode)
+        with nullcontext() if self._first_use is None else self._first_use.preparing():
+            self._engine = engine = open_engine(self.model, self._engine_options, mode=mode)
         self.device_fit = DeviceFit(engine, self._engine_options)
         engine.pass_locals += adapter_states(self.model)
         engine.on_shutdown += [handle.remove for handle in hook_heads(self.model)]
@@ -137,9 +143,11 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         The model is an ordinary one from then on, with each weight where its home was: in host memory, in a mapped
         file, or, if it was resident, on the device.
         """
-        if self._shutdown is not None:
-            self._shutdown()
-        self._engine = None
+        try:
+            if self._shutdown is not None:
+                self._shutdown()
+        finally:
+            self._engine = None
 
     def _close_if_choices_changed(self) -> None:
         """Freezing, unfreezing or another `zo_eps` between two calls of `train()` needs a new engine."""
@@ -334,3 +342,11 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         finally:
             del self.prediction_step
             self.engine.store.homes_changed()  # the user is next: what they write must not meet copies fetched ahead
+
+
+def _open_engine_of(trainer: Callable[[], ZOTrainerMixin | None]) -> None:
+    """Let a trainer that still exists move its model's weights into the store, which casts them on the way."""
+    found = trainer()
+    if found is not None:
+        with torch.inference_mode(False):  # weights made in it could not be trained
+            assert found.engine is not None

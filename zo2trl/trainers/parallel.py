@@ -46,7 +46,7 @@ class ParallelMixin(_Base):
 
     @property
     def _own_store_dir(self) -> Path:
-        folder = Path(self.args.store_dir)
+        folder = self.args.store_path
         return folder if self.ranks.size == 1 else folder / _name(self.ranks.rank)
 
     def _agree_on_step(self, batches: Sequence[Any], passes_per_march: int) -> tuple[int, int]:

@@ -5,7 +5,6 @@ Does not: load weights, open a store, or decide anything that the trainer decide
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from zo2trl.tiers.ingest import class_named_by, read_config
 from zo2trl.tiers.machine import resolve_budgets
 from zo2trl.tiers.placement import smallest_device_budget
 from zo2trl.tiers.rates import MachineRates
+from zo2trl.trainers.objectives import find_objective
 from zo2trl.trainers.scripts import ZOModelConfig, model_init_kwargs, refuse_no_model
 from zo2trl.trainers.sft_trainer import ZOSFTConfig
 
@@ -53,23 +53,77 @@ class Planned:
 def plan_parser(own: type) -> TrlParser:
     """A parser of `own`, and then of everything that `zo2trl sft` knows, so that its `--config` files can be read."""
     read: Any = (own, ScriptArguments, ZOSFTConfig, ZOModelConfig, DatasetMixtureConfig)
-    return TrlParser(read, prog="zo2trl plan")
+    return TrlParser(read, prog="zo2trl plan", allow_abbrev=False)
 
 
-def plan_training(args: Any, model_args: ModelConfig, *, rates: MachineRates, process_bytes: int = 0) -> Planned:
+def plan_training(
+    args: Any, model_args: ModelConfig, *, rates: Callable[[], MachineRates], process_bytes: int = 0
+) -> Planned:
     """Plan supervised fine-tuning from the model's config.json and the arguments alone.
 
     Batches are taken to be full: `per_device_train_batch_size` rows of `max_length` tokens.
 
     Args:
         args: a `ZOSFTConfig`.
+        rates: asked once all that can be refused has been: measuring takes its time.
         process_bytes: what this process holds now, with libraries loaded: a training's holds it, too.
 
     Raises:
         ConfigError: no model is named, or an argument cannot work.
         BudgetError: the budgets cannot hold one step.
         CheckpointError: there is no config.json, or it makes no sense.
+        UnsupportedError: the base is quantised, or the objective generates text.
     """
+    _refuse_generation(args)
+    config, there, dtype = _read_config(args, model_args)
+    length = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
+    shape = (args.per_device_train_batch_size, length)
+    mode = fake_tensors()
+    with torch.device("meta"):
+        model, run = _build(config, dtype=dtype, model_args=model_args)
+    make_fake(model, mode=mode)
+    with mode:
+        ids = torch.zeros(shape, dtype=torch.long)
+    options = _options(args)
+    plan = plan_engine(model, options)
+    n_probes, n_micro_batches = 2 * args.num_directions, args.gradient_accumulation_steps
+    inputs = {"input_ids": ids}
+    together = max(passes_per_march(options, model, inputs, room=_room(plan, options)), n_probes)
+    n_passes = min(n_probes * n_micro_batches, together)
+    options = replace(options, tokens_per_step=max(ids.numel() * n_passes // n_probes, 1))
+    try:
+        workload, is_counted = count_pass(model, lambda: run(ids), mode=mode, autocast=_autocast(args)), True
+    except Exception:  # a forward that looks at values
+        workload, is_counted = rough_workload(plan.layout, n_tokens=shape[0] * shape[1]), False
+    if options.device.type == "cuda" and options.budgets.device != "min":  # as DeviceFit does with the first batch
+        reserve = int(workload.activation_bytes(n_passes=n_passes) * SPARE_SHARE) + SPARE_BYTES
+        options = replace(options, budgets=replace(options.budgets, reserve=reserve))
+        plan = plan_engine(model, options)
+    specs = [spec for unit in plan.layout.units for spec in unit.tensors]
+    return Planned(
+        forecast=forecast(
+            plan, options, workload, rates=rates(), n_micro_batches=n_micro_batches,
+            tokens=ids.numel() * n_micro_batches, passes_per_march=together, process_bytes=process_bytes,
+            copied=_cast_units(plan, there),
+        ),
+        options=options, workload=workload, is_counted=is_counted,
+        n_parameters=sum(spec.numel for spec in specs),
+        n_trainable=sum(spec.numel for spec in specs if spec.trainable),
+    )  # fmt: skip
+
+
+def _refuse_generation(args: Any) -> None:
+    objective = find_objective(args.objective, max_new_tokens=args.objective_max_new_tokens)
+    if objective is not None and objective.generates:
+        raise UnsupportedError(
+            f"`zo2trl plan` cannot foresee `objective` {objective.name!r}: generating takes a pass of the weights for "
+            "every token, and texts end when they like. Plan without `objective`, for the memory and the bytes of one "
+            "pass, or train a few steps."
+        )
+
+
+def _read_config(args: Any, model_args: ModelConfig) -> tuple[PreTrainedConfig, torch.dtype, torch.dtype]:
+    """The checkpoint's configuration, the dtype of its files, and the one to store weights in."""
     refuse_no_model(model_args)
     kwargs = model_init_kwargs(args, model_args)
     dtype = kwargs.pop("dtype", None)
@@ -82,48 +136,27 @@ def plan_training(args: Any, model_args: ModelConfig, *, rates: MachineRates, pr
             "`zo2trl plan` cannot foresee a quantised base, which stays on the device whole. Plan the original model, "
             "or train a few steps."
         )
-    length = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
-    shape = (args.per_device_train_batch_size, length)
-    mode = fake_tensors()
-    with torch.device("meta"):
-        model, run = _build(config, dtype=dtype or config.dtype or torch.get_default_dtype(), model_args=model_args)
-    make_fake(model, mode=mode)
-    with mode:
-        ids = torch.zeros(shape, dtype=torch.long)
-    options = _options(args)
-    plan = plan_engine(model, options)
-    n_probes, n_micro_batches = 2 * args.num_directions, args.gradient_accumulation_steps
-    inputs = {"input_ids": ids}
-    together = max(passes_per_march(options, model, inputs, room=_room(plan, options)), n_probes)
-    n_passes = min(n_probes * n_micro_batches, together)
-    options = replace(options, tokens_per_step=max(ids.numel() * n_passes // n_probes, 1))
-    try:
-        workload, is_counted = count_pass(model, lambda: run(ids), mode=mode), True
-    except Exception:  # a forward that looks at values
-        workload, is_counted = rough_workload(plan.layout, n_tokens=shape[0] * shape[1]), False
-    if options.device.type == "cuda" and options.budgets.device != "min":  # as DeviceFit does with the first batch
-        reserve = int(workload.activation_bytes(n_passes=n_passes) * SPARE_SHARE) + SPARE_BYTES
-        options = replace(options, budgets=replace(options.budgets, reserve=reserve))
-        plan = plan_engine(model, options)
-    specs = [spec for unit in plan.layout.units for spec in unit.tensors]
-    return Planned(
-        forecast=forecast(
-            plan, options, workload, rates=rates, n_micro_batches=n_micro_batches,
-            tokens=ids.numel() * n_micro_batches, passes_per_march=together, process_bytes=process_bytes,
-        ),
-        options=options, workload=workload, is_counted=is_counted,
-        n_parameters=sum(spec.numel for spec in specs),
-        n_trainable=sum(spec.numel for spec in specs if spec.trainable),
-    )  # fmt: skip
+    there: Any = config.dtype or torch.get_default_dtype()
+    dtype = there if dtype in (None, "auto") else dtype
+    return config, there, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _autocast(args: Any) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def _cast_units(plan: Plan, there: torch.dtype) -> set[int]:
+    """Frozen units with a tensor in another dtype than the checkpoint's, which no unit can then be read from."""
+    frozen = (unit for unit in plan.layout.units if not unit.is_trained)
+    return {unit.index for unit in frozen if any(spec.dtype != there for spec in unit.tensors)}
 
 
 def _build(
-    config: PreTrainedConfig, *, dtype: Any, model_args: ModelConfig
+    config: PreTrainedConfig, *, dtype: torch.dtype, model_args: ModelConfig
 ) -> tuple[torch.nn.Module, Callable[[torch.Tensor], Any]]:
     """The model that the trainer would make, and one call of its loss on token ids."""
     from trl.trainer import utils
 
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model_class = class_named_by(config)
     build = getattr(model_class, "from_config", None) or model_class._from_config
     model = build(config, dtype=dtype).eval()
@@ -135,7 +168,10 @@ def _build(
     if (peft_config := get_peft_config(model_args)) is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, peft_config).eval()
+        try:
+            model = get_peft_model(model, peft_config).eval()
+        except ValueError as error:
+            raise ConfigError(f"The adapter does not fit {config.name_or_path or 'the model'}: {error}") from error
     return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False, **options)
 
 
@@ -148,7 +184,7 @@ def _room(plan: Plan, options: EngineOptions) -> int | None:
 def _options(args: Any) -> EngineOptions:
     return EngineOptions(
         budgets=resolve_budgets(device_memory=args.device_memory, cpu_memory=args.cpu_memory, device=args.device),
-        device=args.device, store_dir=Path(args.store_dir), seed=args.seed, zo_eps=args.zo_eps,
+        device=args.device, store_dir=args.store_path, seed=args.seed, zo_eps=args.zo_eps,
         num_directions=args.num_directions, direction=args.direction, rounding=args.rounding,
         write_back_every="auto" if args.write_back_every == "auto" else int(args.write_back_every),
         granularity=args.granularity,

@@ -100,6 +100,6 @@ class PublishingMixin(_Base):
 
     def _hidden(self) -> list[str]:
         """Patterns, relative to `output_dir`, of what is no part of the model."""
-        store, home = Path(self.args.store_dir).resolve(), Path(self.args.output_dir).resolve()
+        store, home = self.args.store_path.resolve(), Path(self.args.output_dir).resolve()
         inside = [f"{store.relative_to(home).as_posix()}/*"] if store.is_relative_to(home) and store != home else []
         return [*_NOT_THE_MODEL, *inside]

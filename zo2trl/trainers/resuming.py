@@ -69,7 +69,7 @@ class ResumingMixin(SavingMixin, _Base):
         """Bring the weights to the journal's end, and have the loop go through the steps up to there."""
         self._takes_weights_from_checkpoint = False
         folder = Path(wanted) if isinstance(wanted, str) else None
-        refuse_other_number(Path(self.args.store_dir), self.ranks)
+        refuse_other_number(self.args.store_path, self.ranks)
         if not self._all_have_runs():
             self._resume_from_weights(folder)
             return
@@ -91,7 +91,7 @@ class ResumingMixin(SavingMixin, _Base):
         known = self.ranks.tell("runs in the stores", has_run(self._own_store_dir))
         if any(known) and not all(known):
             raise ConfigError(
-                f"`store_dir` {self.args.store_dir} holds the stores of {sum(known)} processes, and there are "
+                f"`store_dir` {self.args.store_path} holds the stores of {sum(known)} processes, and there are "
                 f"{len(known)}; that of rank {known.index(False)} is missing. If the run was made by {sum(known)}, "
                 f"launch so many. If a folder was lost, put a copy of rank-{known.index(True)} in its place: all hold "
                 "the same weights and steps."
@@ -142,11 +142,11 @@ class ResumingMixin(SavingMixin, _Base):
         if found is None:
             raise ConfigError(
                 f"`resume_from_checkpoint` found nothing to resume from: no checkpoint in {self.args.output_dir}, and "
-                f"no run in the store {self.args.store_dir}. Leave it out to begin a run."
+                f"no run in the store {self.args.store_path}. Leave it out to begin a run."
             )
         if not any(any(found.folder.glob(pattern)) for pattern in WEIGHTS):
             raise CheckpointError(
-                f"{found.folder} holds no weights, and the store {self.args.store_dir} that it points into holds no "
+                f"{found.folder} holds no weights, and the store {self.args.store_path} that it points into holds no "
                 "run. Set `store_dir` to where that run's store is."
             )
         self._takes_weights_from_checkpoint = True
@@ -313,7 +313,7 @@ class ResumingMixin(SavingMixin, _Base):
 
     def _offload_folder(self, args: Any) -> Path:
         """Beside the store, on the disk the user chose for weights: where experts are fused, in nameless files."""
-        folder = Path(args.store_dir).parent
+        folder = args.store_path.parent
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from zo2trl.engine.binding import FirstUse
 from zo2trl.engine.step import Engine
 from zo2trl.tiers.journal import MarkKind
 from zo2trl.trainers import checkpoint
@@ -35,6 +36,7 @@ class SavingMixin(RecordingMixin, PublishingMixin, _Base):
     model: Any
 
     engine: Engine
+    _first_use: FirstUse | None
     _saves_checkpoint = False
     _random_state_at_start: Any
     _random_state_of_epoch: Any = None
@@ -42,6 +44,12 @@ class SavingMixin(RecordingMixin, PublishingMixin, _Base):
     _step_metrics: StepMetrics
 
     # -- hooks of the Trainer: saving
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """See [`~transformers.Trainer.save_model`]."""
+        if self._first_use is not None:
+            self._first_use.come()  # in every process: a store is opened by all, a model is saved by one
+        super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """`checkpoint-N` counts from the moment its marker is written, last; only then older ones may go."""

@@ -2,13 +2,18 @@
 
     accelerate launch --module zo2trl.trainers.scripts sft --config sft.yaml --max_steps 100
 
-Does not: start processes (cli/launching.py does), or know an argument that TRL, transformers or our configs do not.
-Invariant: what the command line gives wins over the `--config` file, which wins over defaults.
+Does not: start processes (cli/training.py does, through accelerate), or know an argument that TRL, transformers or our
+configs do not.
+Invariant: what the command line gives wins over the `--config` file, which wins over defaults; what nobody reads is
+refused.
 """
 
+import difflib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -21,9 +26,10 @@ from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser, 
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
-from zo2trl.errors import ConfigError, errors_in_one_line
+from zo2trl.errors import ConfigError, ZO2TRLError, errors_in_one_line
 
 __all__ = [
+    "CHECKED",
     "SCRIPTS",
     "ZOModelConfig",
     "load_datasets",
@@ -32,6 +38,8 @@ __all__ = [
     "model_init_kwargs",
     "parse",
     "refuse_no_model",
+    "refuse_positional",
+    "refuse_unknown",
     "train",
 ]
 
@@ -41,6 +49,11 @@ SCRIPTS = {
     "reward": ("ZORewardTrainer", "ZORewardConfig"),
 }
 """Command -> names of trainer and config in the package."""
+CHECKED = "ZO2TRL_ARGUMENTS_CHECKED"
+"""Variable by which `zo2trl sft` tells its processes that what they do not know in the file was accelerate's."""
+_GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT wraps what generates text, which a reward model does not
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,19 +85,72 @@ def make_parser(name: str, *, prog: str | None = None) -> TrlParser:
         raise ConfigError(f"There is no script {name!r}. Choose one of {', '.join(SCRIPTS)}.")
     config_class = getattr(import_module("zo2trl"), SCRIPTS[name][1])
     read: Any = (ScriptArguments, config_class, ZOModelConfig, DatasetMixtureConfig)
-    return TrlParser(read, prog=prog)
+    parser = TrlParser(read, prog=prog, allow_abbrev=False)  # or accelerate's `--cpu` is an ambiguous `--cpu_memory`
+    if name == "reward":
+        parser.set_defaults(lora_task_type="SEQ_CLS")
+    return parser
 
 
 def parse(parser: TrlParser, arguments: Sequence[str], **how: Any) -> tuple[Any, ...]:
     """`parser.parse_args_and_config`; whatever is wrong with a file or a value is told as a `ConfigError`."""
-    if list(arguments[-1:]) == ["--config"]:
+    split = [part for each in arguments for part in _parts(each)]
+    if split[-1:] == ["--config"]:
         raise ConfigError("`--config` needs the path of a YAML file.")
     try:
-        return parser.parse_args_and_config(list(arguments), **how)
+        return parser.parse_args_and_config(split, **how)
     except ConfigError:
         raise
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(str(error)) from error
+
+
+def _parts(argument: str) -> list[str]:
+    """`--config=FILE` as TRL's parser looks for it."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def refuse_unknown(option: str, *, name: str, others: Collection[str] = ()) -> None:
+    """Say that nobody reads `option`, and what was probably meant.
+
+    Raises:
+        ConfigError: always.
+    """
+    near = difflib.get_close_matches(option, [*make_parser(name)._option_string_actions, *others], n=1, cutoff=0.6)
+    hint = f"Did you mean `{near[0]}`?" if near else f"`zo2trl {name} --help` lists those that exist."
+    raise ConfigError(f"`{option}` is an argument of neither `zo2trl {name}` nor `accelerate launch`. {hint}")
+
+
+def refuse_positional(value: str, *, name: str) -> None:
+    """Say that `value` belongs to no option.
+
+    Raises:
+        ConfigError: always.
+    """
+    option = "--config" if value.endswith((".yaml", ".yml")) else "--model_name_or_path"
+    hint = "Leave it out." if value.endswith(".py") else f"Did you mean `{option} {value}`?"
+    raise ConfigError(f"`{value}` belongs to no option, and `zo2trl {name}` takes options only. {hint}")
+
+
+def _refuse_left_over(name: str, from_config: Sequence[str], from_line: Sequence[str]) -> None:
+    """What no dataclass has read, in a script that nobody's launcher has passed arguments to."""
+    for value in from_line:
+        if not value.startswith("-"):
+            refuse_positional(value, name=name)
+        _refuse_in_script(value.partition("=")[0], name=name)
+    if CHECKED not in os.environ:
+        for option in from_config[::2]:
+            _refuse_in_script(option, name=name)
+
+
+def _refuse_in_script(option: str, *, name: str) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    if option == "--accelerate_config" or option in launch_command_parser()._option_string_actions:
+        raise ConfigError(
+            f"`{option}` is an argument of `accelerate launch`, and this script is started already. Put it before the "
+            f"script's name on the command line of `accelerate launch`, or start with `zo2trl {name}`."
+        )
+    refuse_unknown(option, name=name)
 
 
 def train(
@@ -100,20 +166,25 @@ def train(
         ConfigError: no model or no data set was named, a split does not exist, or an argument cannot work.
     """
     refuse_no_model(model_args)
+    _refuse_generating_adapter(name, model_args)
+    resume = training_args.resume_from_checkpoint = _resume(training_args.resume_from_checkpoint)
+    if script_args.ignore_bias_buffers:
+        _warn("`ignore_bias_buffers` has no effect: the model is not wrapped in DDP, so no buffers are sent around.")
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     dataset = load_datasets(script_args, dataset_args)
     wants_eval = training_args.eval_strategy != "no"
-    trainer = getattr(import_module("zo2trl"), SCRIPTS[name][0])(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=_split(dataset, script_args.dataset_train_split, argument="dataset_train_split"),
-        eval_dataset=_split(dataset, script_args.dataset_test_split, argument="dataset_test_split")
-        if wants_eval
-        else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    with _refusals_of_peft(model_args):
+        trainer = getattr(import_module("zo2trl"), SCRIPTS[name][0])(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=_split(dataset, script_args.dataset_train_split, argument="dataset_train_split"),
+            eval_dataset=_split(dataset, script_args.dataset_test_split, argument="dataset_test_split")
+            if wants_eval
+            else None,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    trainer.train(resume_from_checkpoint=resume)
     trainer.accelerator.print("Training completed.")
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
@@ -139,6 +210,43 @@ def refuse_no_model(model_args: ModelConfig) -> None:
         )
 
 
+def _refuse_generating_adapter(name: str, model_args: ModelConfig) -> None:
+    if name == "reward" and model_args.use_peft and model_args.lora_task_type in _GENERATING:
+        raise ConfigError(
+            f"`lora_task_type` is {model_args.lora_task_type!r}, which is for models that generate text, and a reward "
+            "model gives one number. Leave it out, or set `--lora_task_type SEQ_CLS`."
+        )
+
+
+@contextmanager
+def _refusals_of_peft(model_args: ModelConfig) -> Iterator[None]:
+    """PEFT's word on an adapter that cannot be made, as an error made for users."""
+    try:
+        yield
+    except ZO2TRLError:
+        raise
+    except ValueError as error:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if last is None or not last.tb_frame.f_globals.get("__name__", "").startswith("peft."):
+            raise
+        raise ConfigError(
+            f"PEFT cannot make this adapter (`lora_target_modules` {model_args.lora_target_modules}, `lora_r` "
+            f"{model_args.lora_r}): {error}"
+        ) from error
+
+
+def _resume(given: str | bool | None) -> str | bool | None:
+    """A command line has words only, and the field is a `str`: `true` is the True that a file can say."""
+    return {"true": True, "false": None}.get(given.lower(), given) if isinstance(given, str) else given
+
+
+def _warn(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message)
+
+
 def model_init_kwargs(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
     """What `from_pretrained` is told: the options of `ModelConfig`, and `--model_init_kwargs` on top of them."""
     chosen: dict[str, Any] = {
@@ -161,6 +269,8 @@ def load_datasets(script_args: ScriptArguments, dataset_args: DatasetMixtureConf
 
     if not dataset_args.datasets and script_args.dataset_name is None:
         raise ConfigError("No data set was named. Pass `--dataset_name`, or list `datasets:` in a `--config` file.")
+    if dataset_args.datasets and script_args.dataset_name is not None:
+        _warn(f"`dataset_name` {script_args.dataset_name} is ignored: `datasets` is given as well, and comes first.")
     load: Any = datasets.load_dataset
     try:
         if dataset_args.datasets:
@@ -188,7 +298,10 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     """
     with errors_in_one_line(f"{name}{_rank()}"):
         arguments = sys.argv[1:] if argv is None else list(argv)
-        train(name, *parse(make_parser(name), arguments, fail_with_unknown_args=False))
+        how = {"return_remaining_strings": True, "separate_remaining_strings": True}
+        *parsed, from_config, from_line = parse(make_parser(name), arguments, **how)
+        _refuse_left_over(name, from_config, from_line)
+        train(name, *parsed)
 
 
 def _rank() -> str:
