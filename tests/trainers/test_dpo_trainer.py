@@ -184,6 +184,8 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
         dpo_trainer(tmp_path, sync_ref_model=True)
     with pytest.raises(UnsupportedError, match=r"objective.*generated"):
         dpo_trainer(tmp_path, objective="squad_f1", objective_max_new_tokens=4)
+    with pytest.raises(UnsupportedError, match=r"'accuracy' compares with `labels`.*pair of answers"):
+        dpo_trainer(tmp_path, objective="accuracy")
     with pytest.raises(ConfigError, match=r"accuracies.*accuracy"):
         dpo_trainer(tmp_path, objective="accuracies")
 

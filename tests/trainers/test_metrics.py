@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
+import torch
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from tests.support.models import tiny_model, tiny_rows
 from tests.support.runs import (
@@ -104,6 +105,34 @@ def test_tokens_are_counted_once_not_once_per_probe(num_directions: int, tmp_pat
         logs = step_logs(trainer)
     assert logs[-1]["num_tokens"] == tokens
     assert logs[0]["num_tokens"] < tokens
+
+
+@pytest.mark.parametrize("options", [{"num_directions": 2}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_tokens_are_counted_with_an_objective_too(options: dict, tmp_path: Path) -> None:
+    counts = []
+    for name, objective in (("loss", None), ("objective", "accuracy")):
+        named = {"max_steps": 2, "objective": objective, "eval_strategy": "steps", "eval_steps": 2, **options}
+        extra = {"eval_dataset": prompts(2)}
+        with closing(sft_trainer(tmp_path / name, tiny_model("opt"), prompts(8), extra=extra, **named)) as trainer:
+            trainer.train()
+            history = trainer.state.log_history
+        found = [entry[key] for entry in history for key in ("num_tokens", "eval_num_tokens") if key in entry]
+        counts.append(found)
+    assert len(counts[0]) == 3
+    assert counts[1] == counts[0]
+    assert counts[0][-1] > 0
+
+
+def test_speed_is_left_out_where_nothing_is_counted_in_tokens(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3))
+    rows = [{"pixel_values": torch.full((3, 8, 8), i / 4), "labels": i % 3} for i in range(4)]
+    with closing(zo_trainer(tmp_path, model, rows)) as trainer:
+        trainer.train()
+        logs = step_logs(trainer)
+    assert len(logs) == 3
+    assert all(log.keys() >= KEYS - {"zo/tokens_per_second"} for log in logs)
+    assert not any("zo/tokens_per_second" in log for log in logs)
 
 
 def test_metrics_of_training_and_evaluation_are_not_mixed(tmp_path: Path) -> None:

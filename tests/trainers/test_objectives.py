@@ -75,6 +75,15 @@ def test_f1_is_that_of_squads_evaluation_script() -> None:
     assert squad_f1(["x y"], None, [{"text": ["q", "x y"], "answer_start": [0, 3]}]) == [1.0]
 
 
+def test_accuracy_without_labels_says_what_is_missing(tmp_path: Path) -> None:
+    rows = [{"input_ids": row["input_ids"]} for row in tiny_rows("opt", 4)]
+    with (
+        closing(zo_trainer(tmp_path, tiny_model("opt"), rows, objective="accuracy")) as trainer,
+        pytest.raises(ConfigError, match=r"accuracy.*`labels`"),
+    ):
+        trainer.train()
+
+
 def test_accuracy_of_a_language_model_is_the_share_of_right_tokens(tmp_path: Path) -> None:
     with closing(sft_trainer(tmp_path, small_model(), prompts(4), objective="accuracy")) as trainer:
         found = trainer.evaluate(trainer.train_dataset)["eval_objective/accuracy"]
@@ -216,24 +225,6 @@ def test_f1_is_trained_and_evaluated_alike_on_every_tier(tmp_path: Path) -> None
     assert all(0 < value < 1 for value in [*runs[0][0], runs[0][1]])
 
 
-def test_a_reward_function_gets_prompts_and_columns_of_its_own_rows(tmp_path: Path) -> None:
-    rows = with_column(prompts(8), "weight", [float(i) for i in range(8)])
-    asked = list(zip(rows["prompt"], rows["weight"], strict=True))
-    seen: list[tuple[str, float]] = []
-
-    def reward(prompts: list[str], completions: list[str], weight: list[float], **kwargs: Any) -> list[float]:
-        assert len(prompts) == len(completions) == len(weight)
-        seen.extend(zip(prompts, weight, strict=True))
-        return weight
-
-    objective = TextObjective(function=reward, max_new_tokens=2)
-    with closing(sft_trainer(tmp_path, tiny_model("opt"), rows, extra={"objective": objective})) as trainer:
-        trainer.train()
-        assert "objective/reward" in step_logs(trainer)[0]
-    assert seen
-    assert set(seen) <= set(asked)
-
-
 def test_prompts_of_a_plain_trainer_are_whole_rows(tmp_path: Path) -> None:
     rows = [{"input_ids": row["input_ids"][:6], "gold": f"w{i}"} for i, row in enumerate(tiny_rows("opt", 6))]
     objective = TextObjective(function=lambda completions, gold: [float(len(g)) for g in gold], max_new_tokens=2)
@@ -276,6 +267,10 @@ def test_going_on_with_another_objective_is_warned_about(tmp_path: Path, caplog:
 
 
 # -- refusals
+
+
+async def late_verdict(completions: list[str]) -> list[float]:
+    return [0.0 for _ in completions]
 
 
 def trained(folder: Path, objective: Any) -> None:
@@ -327,6 +322,10 @@ def test_choices_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         zo_trainer(
             tmp_path, tiny_model("opt"), tiny_rows("opt", 4), extra={"objective": "accuracy"}, objective="accuracy"
         )
+    with pytest.raises(ConfigError, match="is async"):
+        TextObjective(function=late_verdict, max_new_tokens=2)
+    with pytest.raises(ConfigError, match="is a model"):
+        TextObjective(function=tiny_model("opt"), max_new_tokens=2)
     with pytest.raises(ConfigError, match="do_sample"):
         TextObjective(function=wordiness, max_new_tokens=2, generation_kwargs={"do_sample": True})
     with pytest.raises(UnsupportedError, match="packing"):

@@ -113,6 +113,21 @@ def test_crashes_leave_no_trace(adapted: bool, tmp_path: Path) -> None:
     assert wanted.difference(resumed(make, tmp_path / "crashed", crashes, lives=lives)) == ""
 
 
-def test_an_objective_on_generated_text_is_refused(tmp_path: Path) -> None:
+def test_accuracy_is_the_share_of_pairs_that_are_ordered_rightly(tmp_path: Path) -> None:
+    options = {"objective": "accuracy", "per_device_train_batch_size": 8, "zo_eps": 0.3}
+    with closing(reward_trainer(tmp_path, rows=pairs(8), extra={"eval_dataset": pairs(8)}, **options)) as trainer:
+        trainer.train()
+        logs, metrics = step_logs(trainer), trainer.evaluate()
+    for log in logs:
+        losses = (log["zo/loss_plus"], log["zo/loss_minus"])
+        assert all(8 * loss == pytest.approx(round(8 * loss)) for loss in losses)
+        assert log["objective/accuracy"] == pytest.approx(1 - sum(losses) / 2)
+    assert len({log["objective/accuracy"] for log in logs}) > 1
+    assert metrics["eval_objective/accuracy"] == pytest.approx(metrics["eval_accuracy"])
+
+
+def test_objectives_that_pairs_cannot_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="pair of answers"):
         reward_trainer(tmp_path, objective="exact_match", objective_max_new_tokens=4)
+    with pytest.raises(UnsupportedError, match=r"`labels`.*pair of answers"):
+        reward_trainer(tmp_path, extra={"objective": lambda outputs, labels: outputs.logits.mean()})

@@ -45,7 +45,8 @@ class StepMetrics:
             zip(("projected_grad", "loss_plus", "loss_minus"), map(fmean, columns), strict=True)
         )
         if sums["steps"]:  # not all of them were replayed
-            means["tokens_per_second"] = sums["tokens"] / max(sums["microseconds"] / 1e6, 1e-6)
+            if sums["tokens"]:  # pixels and the like are not counted
+                means["tokens_per_second"] = sums["tokens"] / max(sums["microseconds"] / 1e6, 1e-6)
             means |= {f"bytes_{link}": sums[link] / sums["steps"] for link in _LINKS}
         return {f"zo/{name}": value for name, value in means.items()}
 

@@ -4,8 +4,8 @@ Does not: compute an objective (objectives.py), or change what `compute_loss` an
 Invariant: what logs show of an objective comes from the losses of the journal, so that replayed steps show it too.
 """
 
-from collections.abc import Mapping, Sequence
-from inspect import signature
+from collections.abc import Mapping, Sequence, Set
+from inspect import Parameter, signature
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,10 @@ from zo2trl.trainers.objectives import (
     COLUMNS,
     Objective,
     OutputObjective,
-    base_of,
     find_objective,
     mean_logit,
-    n_rows_of,
 )
+from zo2trl.trainers.prompting import base_of
 
 __all__ = ["ObjectiveMixin"]
 
@@ -39,6 +38,8 @@ class ObjectiveMixin(_Base):
 
     objective: Objective | None = None
     rows_are_pairs = False  # a batch holds all chosen answers, then all rejected ones
+    scores_pairs = False  # the model gives each of them one score
+    _columns_of_batches: frozenset[str] = frozenset()  # those that the trainer keeps for its collator
     _objective_values: list[tuple[float, int]]
 
     def _set_objective(self, given: Any, config: Any) -> None:
@@ -47,14 +48,13 @@ class ObjectiveMixin(_Base):
                 f"`objective` is given twice: {given!r} to the trainer and {config.objective!r} in its config."
             )
         chosen = config.objective if given is None else given
-        self.objective = find_objective(chosen, max_new_tokens=config.objective_max_new_tokens)
+        self.objective = find_objective(
+            chosen, max_new_tokens=config.objective_max_new_tokens, of_pairs=self.scores_pairs
+        )
         if self.objective is None and config.objective_max_new_tokens is not None:
             raise ConfigError("`objective_max_new_tokens` has no effect without an `objective` on generated text.")
-        if self.objective is not None and self.objective.generates and self.rows_are_pairs:
-            raise UnsupportedError(
-                f"`objective` {self.objective.name!r} scores generated text, and a row here is a pair of answers, not "
-                "a prompt. Use ZOTrainer or ZOSFTTrainer, or an objective on model outputs."
-            )
+        if self.objective is not None and self.rows_are_pairs:
+            _refuse_for_pairs(self.objective)
         packs = [name for name in ("packing", "padding_free") if getattr(config, name, False)]
         if self.objective is not None and packs and (self.objective.generates or self.objective.columns):
             raise UnsupportedError(
@@ -68,13 +68,32 @@ class ObjectiveMixin(_Base):
             return
         of_model = signature(type(base_of(self.model)).forward).parameters
         carried = [name for name in self.objective.columns if name not in of_model and name not in self.label_names]
-        if carried:
-            self.data_collator = _CarryingColumns(self.data_collator, carried)
+        if not carried:
+            return
+        self._set_signature_columns_if_needed()
+        own = self._columns_of_batches - {*self.objective.required, *self.objective.optional}
+        self.data_collator = _CarryingColumns(
+            self.data_collator, carried, but=own, all_others=self.objective.takes_all_columns,
+            hides_all_others=self.args.remove_unused_columns,
+        )  # fmt: skip
 
     def _set_signature_columns_if_needed(self) -> None:
+        is_first = self._signature_columns is None
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if self.objective is not None:
+            if is_first:
+                self._columns_of_batches = frozenset(self._signature_columns)
             self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.objective.columns]))
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if self.objective is not None and self.objective.takes_all_columns:
+            return dataset  # the collator takes out what is not for the model
+        return super()._remove_unused_columns(dataset, description)  # type: ignore[misc]
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if self.objective is not None and self.objective.takes_all_columns:
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)  # type: ignore[misc]
 
     # -- in a pass
 
@@ -111,9 +130,9 @@ class ObjectiveMixin(_Base):
             return
         batch = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            loss = self.objective.measure(self, self.model, batch, None)
-        n_rows = n_rows_of(self, batch)
-        self._objective_values.append((self.objective.value_of(float(loss)), n_rows))
+            loss, n_rows = self.objective.measured(self, self.model, batch, None)
+        if n_rows:
+            self._objective_values.append((self.objective.value_of(float(loss)), n_rows))
 
     # -- in logs
 
@@ -142,10 +161,17 @@ class ObjectiveMixin(_Base):
 
 
 class _CarryingColumns:
-    """A data collator that puts columns of its rows beside the batch of the one it wraps."""
+    """A data collator that puts columns of its rows beside the batch of the one it wraps.
 
-    def __init__(self, collator: Any, columns: Sequence[str]) -> None:
-        self._collator, self._columns = collator, tuple(columns)
+    Those in `but` reach the wrapped one, too. With `all_others`, all columns that are not in `but` are carried; the
+    ones nobody named are kept from the wrapped one if `hides_all_others`.
+    """
+
+    def __init__(
+        self, collator: Any, columns: Sequence[str], *, but: Set[str], all_others: bool, hides_all_others: bool
+    ) -> None:
+        self._collator, self._columns, self._but = collator, tuple(columns), but
+        self._all_others, self._hides_all_others = all_others, hides_all_others
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -153,12 +179,32 @@ class _CarryingColumns:
         return getattr(self._collator, name)
 
     def __call__(self, rows: Sequence[Any]) -> Any:
-        carried = {name: [row[name] for row in rows] for name in self._columns if all(name in row for row in rows)}
-        batch = self._collator([_without(row, self._columns) for row in rows])
+        others: list[str] = []
+        if self._all_others and isinstance(rows[0], Mapping):
+            others = [name for name in rows[0] if name not in self._columns and name not in self._but]
+        names = [*self._columns, *others]
+        carried = {name: [row[name] for row in rows] for name in names if all(name in row for row in rows)}
+        hidden = {*self._columns} - self._but | {*(others if self._hides_all_others else ())}
+        batch = self._collator([_without(row, hidden) for row in rows])
         if isinstance(batch, Mapping) and carried:
             batch[COLUMNS] = carried  # type: ignore[index]
         return batch
 
 
-def _without(row: Any, names: Sequence[str]) -> Any:
+def _without(row: Any, names: Set[str]) -> Any:
     return {key: value for key, value in row.items() if key not in names} if isinstance(row, Mapping) else row
+
+
+def _refuse_for_pairs(objective: Objective) -> None:
+    if objective.generates:
+        raise UnsupportedError(
+            f"`objective` {objective.name!r} scores generated text, and a row here is a pair of answers, not a "
+            "prompt. Use ZOTrainer or ZOSFTTrainer, or an objective on model outputs."
+        )
+    labels = signature(objective.function).parameters.get("labels")
+    if labels is not None and labels.default is Parameter.empty:
+        raise UnsupportedError(
+            f"`objective` {objective.name!r} compares with `labels`, and a row here is a pair of answers, which has "
+            "none. Pass a function of `outputs`: its first half of rows is of chosen answers, the second of rejected "
+            "ones."
+        )

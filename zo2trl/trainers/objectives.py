@@ -12,7 +12,7 @@ Invariant: a loss is `best - value` where larger values are better, else the val
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from inspect import Parameter, signature
+from inspect import Parameter, iscoroutinefunction, signature
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,30 @@ import torch
 from torch import nn
 
 from zo2trl.errors import ConfigError
-from zo2trl.trainers.scores import accuracy, exact_match, squad_f1
+from zo2trl.trainers.prompting import (
+    base_of,
+    decoded,
+    is_chat,
+    left_padded,
+    pad_id_of,
+    prompts_and_references,
+    tokenizer_of,
+    up_to_the_end,
+)
+from zo2trl.trainers.scores import accuracy, exact_match, pair_accuracy, squad_f1
 
 __all__ = [
-    "COLUMNS", "OBJECTIVES", "Objective", "OutputObjective", "TextObjective", "base_of", "find_objective",
-    "mean_logit", "n_rows_of", "without_columns",
+    "COLUMNS", "OBJECTIVES", "Objective", "OutputObjective", "TextObjective", "find_objective", "mean_logit",
+    "n_rows_of", "without_columns",
 ]  # fmt: skip
 
 COLUMNS = "objective_columns"
 """Key under which a batch carries the columns that only the objective reads: a dict of lists, one item a row."""
 
-_TEXT_GIVEN = ("prompts", "completions", "references")
+_TEXT_GIVEN = (
+    "prompts", "completions", "completion_ids", "references", "trainer_state", "log_extra", "log_metric",
+)  # fmt: skip
+_NOT_IN_KWARGS = ("prompt", "completion")  # in GRPO neither: `prompts` and `completions` stand in for them
 _OUTPUT_GIVEN = ("outputs", "inputs", "labels", "model", "num_items_in_batch")
 
 
@@ -60,6 +73,7 @@ class Objective:
     optional: tuple[str, ...] = field(init=False, default=())
 
     generates = False
+    takes_all_columns = False
     offered: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -106,7 +120,23 @@ class Objective:
         return self.best - value.mean() if self.maximize else value.mean()
 
     def measure(self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any) -> torch.Tensor:
-        """The loss of one batch. Runs in a pass."""
+        """The loss of one batch. Runs in a pass.
+
+        Raises:
+            ConfigError: no row of it counts.
+        """
+        loss, n_rows = self.measured(trainer, model, batch, n_items)
+        if not n_rows:
+            raise ConfigError(
+                f"`objective` {self.name!r} returned None for every row of a batch, so there is nothing to optimise. "
+                "Leave rows that it cannot judge out of `train_dataset`, or raise `per_device_train_batch_size`."
+            )
+        return loss
+
+    def measured(
+        self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any
+    ) -> tuple[torch.Tensor, int]:
+        """The loss of one batch, and how many of its rows count. Runs in a pass."""
         raise NotImplementedError
 
     def call(self, offered: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
@@ -116,7 +146,7 @@ class Objective:
             ConfigError: the batch lacks a column that the function cannot do without.
         """
         columns = batch.get(COLUMNS, {})
-        known = {**without_columns(batch), **offered, **columns}
+        known = {**without_columns(batch), **columns, **offered}
         missing = [name for name in self.required if name not in known]
         if missing:
             raise ConfigError(
@@ -124,7 +154,10 @@ class Objective:
                 f"column, or rename the function's parameter: it is offered {[*self.offered, *sorted(batch)]}."
             )
         parameters = signature(self.function).parameters
-        return self.function(**{name: value for name, value in known.items() if name in parameters})
+        given = {name: value for name, value in known.items() if name in parameters}
+        if self.takes_all_columns:
+            given |= {name: known[name] for name in (*columns, *offered) if name not in _NOT_IN_KWARGS}
+        return self.function(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +182,10 @@ class OutputObjective(Objective):
         """Whether the function divides by the items of the whole step."""
         return "num_items_in_batch" in signature(self.function).parameters
 
-    def measure(self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any) -> torch.Tensor:
-        """See `Objective.measure`: one forward."""
+    def measured(
+        self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any
+    ) -> tuple[torch.Tensor, int]:
+        """See `Objective.measured`: one forward."""
         base: Any = base_of(model)
         known = signature(type(base).forward).parameters
         is_pair_of_stacks = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
@@ -162,7 +197,7 @@ class OutputObjective(Objective):
             "num_items_in_batch": n_items,
         }  # fmt: skip
         n_rows = n_rows_of(trainer, batch)
-        return self.loss_of(self.call(offered, batch), n_rows=n_rows, device=trainer.args.device)
+        return self.loss_of(self.call(offered, batch), n_rows=n_rows, device=trainer.args.device), n_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,32 +205,40 @@ class TextObjective(Objective):
     """
     A function of the text that the model generates, such as a reward function.
 
-    It is offered `prompts` and `completions` (lists of strings) and `references`: what the labels of a row say. Its
-    other parameters are columns of the dataset. Reward functions of [`~trl.GRPOTrainer`] fit.
+    It is offered what reward functions of [`~trl.GRPOTrainer`] are, and called as these are: `prompts` and
+    `completions` (strings, or lists of messages), `completion_ids`, `trainer_state`, `log_extra` and `log_metric`
+    (which drop what they are given), and `references`: what the labels of a row say. Its other parameters are columns
+    of the dataset; `**kwargs` gets all of these. Rows for which it returns None are left out of the mean. Reward
+    models and async functions are refused.
 
-    A row's prompt is what comes before its first label, or all of it if it has no labels. Generation is greedy, and
-    costs a pass of the weights for every token: on a streamed model, one transfer of the model.
+    The model goes on from what comes before a row's first label, or from all of it if it has no labels. Generation is
+    greedy, and costs a pass of the weights for every token: on a streamed model, one transfer of the model.
 
     Parameters:
         max_new_tokens (`int`):
             The most tokens to generate.
         stop (`str`, *optional*):
             Text at which a completion ends, besides the end-of-text token. MeZO stops at a newline.
-        as_messages (`bool`, *optional*, defaults to `False`):
-            Whether a completion is handed over as `[{"role": "assistant", "content": text}]`.
+        as_messages (`bool`, *optional*):
+            Whether a completion is handed over as `[{"role": "assistant", "content": text}]`. Defaults to whether the
+            column `prompt` holds messages; False turns these into text too.
         generation_kwargs (`dict`, *optional*):
             More arguments of `generate`, such as `num_beams` or `repetition_penalty`; sampling is refused.
     """
 
     max_new_tokens: int = 0
     stop: str | None = None
-    as_messages: bool = False
+    as_messages: bool | None = None
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     generates = True
     offered = _TEXT_GIVEN
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        function: Any = self.function
+        if isinstance(function, nn.Module) or any(map(iscoroutinefunction, (function, type(function).__call__))):
+            kind = "a model" if isinstance(function, nn.Module) else "async"
+            raise ConfigError(f"`objective` {self.name!r} is {kind}: call it in a plain function, and pass that.")
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ConfigError(
                 f"`objective` {self.name!r} scores generated text, so it needs to know how much to generate, and "
@@ -208,39 +251,60 @@ class TextObjective(Objective):
                 "weights only. Leave it out: generation is greedy."
             )
 
-    def measure(self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any) -> torch.Tensor:
-        """See `Objective.measure`: a generation."""
-        tokenizer = _tokenizer_of(trainer)
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Objective.columns`; the prompts as they are in the dataset are offered, too."""
+        return tuple(dict.fromkeys([*super().columns, "prompt"]))
+
+    @property
+    def takes_all_columns(self) -> bool:  # type: ignore[override]
+        """Whether the function has `**kwargs`."""
+        return any(p.kind is Parameter.VAR_KEYWORD for p in signature(self.function).parameters.values())
+
+    def measured(
+        self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any
+    ) -> tuple[torch.Tensor, int]:
+        """See `Objective.measured`: a generation."""
+        tokenizer = tokenizer_of(trainer)
         prompts, references = prompts_and_references(model, batch)
-        ids, mask = _left_padded(prompts, pad_id=_pad_id(tokenizer))
+        ids, mask = left_padded(prompts, pad_id=pad_id_of(tokenizer))
         generator: Any = model
-        new_ids = generator.generate(
-            input_ids=ids, attention_mask=mask, generation_config=self._generation(model, tokenizer),
-            tokenizer=tokenizer,
-        )  # fmt: skip
-        if not base_of(model).config.is_encoder_decoder:
-            new_ids = new_ids[:, ids.shape[1] :]
+        config = self._generation(model, tokenizer)
+        new_ids = generator.generate(input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
+        new_ids = new_ids[:, 1 if base_of(model).config.is_encoder_decoder else ids.shape[1] :]
         texts = [text.strip() for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
         texts = texts if self.stop is None else [text.split(self.stop)[0].strip() for text in texts]
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if self.as_messages else texts
-        offered = {
-            "prompts": tokenizer.batch_decode(prompts, skip_special_tokens=True),
-            "completions": completions,
-            "references": None if references is None else _decoded(tokenizer, references),
-        }
-        return self.loss_of(self.call(offered, batch), n_rows=len(prompts), device=trainer.args.device)
+        asked = batch.get(COLUMNS, {}).get("prompt", [None])
+        are_chats = is_chat(asked[0])
+        as_messages = are_chats if self.as_messages is None else self.as_messages
+        is_as_asked = isinstance(asked[0], str) or (are_chats and as_messages)
+        value = self.call({
+            "prompts": asked if is_as_asked else tokenizer.batch_decode(prompts, skip_special_tokens=True),
+            "completions": [[{"role": "assistant", "content": text}] for text in texts] if as_messages else texts,
+            "completion_ids": [up_to_the_end(row, config) for row in new_ids.tolist()],
+            "references": None if references is None else decoded(tokenizer, references),
+            "trainer_state": trainer.state, "log_extra": _drop, "log_metric": _drop,
+        }, batch)  # fmt: skip
+        n_rows = len(prompts)
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == n_rows:
+            value = [item for item in value if item is not None]
+            n_rows = len(value)
+        loss = self.loss_of(value if n_rows else [0.0], n_rows=n_rows, device=trainer.args.device)
+        return loss, n_rows
 
     def _generation(self, model: nn.Module, tokenizer: Any) -> Any:
         config = copy.deepcopy(base_of(model).generation_config)
         stops = {"stop_strings": [self.stop]} if self.stop is not None else {}
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
-        length = {"max_new_tokens": self.max_new_tokens, "max_length": None, "pad_token_id": _pad_id(tokenizer)}
+        length = {"max_new_tokens": self.max_new_tokens, "max_length": None, "pad_token_id": pad_id_of(tokenizer)}
         config.update(**(greedy | length | stops | self.generation_kwargs))
         return config
 
 
-def find_objective(given: Any, *, max_new_tokens: int | None = None) -> Objective | None:
+def find_objective(given: Any, *, max_new_tokens: int | None = None, of_pairs: bool = False) -> Objective | None:
     """An objective by name, one that was made already, or a plain function on outputs, which is taken for a loss.
+
+    `of_pairs` says that outputs are scores of chosen answers, then of rejected ones.
 
     Raises:
         ConfigError: no objective has that name, or a length is missing or pointless.
@@ -251,7 +315,7 @@ def find_objective(given: Any, *, max_new_tokens: int | None = None) -> Objectiv
     elif isinstance(given, str):
         if given not in OBJECTIVES:
             raise ConfigError(f"`objective` is {given!r}, but must be one of {sorted(OBJECTIVES)}, or a callable.")
-        return OBJECTIVES[given](max_new_tokens)
+        return (PAIR_OBJECTIVES if of_pairs else OBJECTIVES).get(given, OBJECTIVES[given])(max_new_tokens)
     else:
         found = OutputObjective(function=given)
     if max_new_tokens is not None and found is not None:
@@ -278,10 +342,21 @@ def mean_logit(outputs: Any) -> torch.Tensor:
 
 OBJECTIVES: dict[str, Callable[[int | None], Objective]] = {
     "accuracy": lambda length: _only_forward(OutputObjective(function=accuracy, maximize=True, best=1.0), length),
-    "squad_f1": lambda length: TextObjective(function=squad_f1, best=1.0, max_new_tokens=length or 0),
-    "exact_match": lambda length: TextObjective(function=exact_match, best=1.0, max_new_tokens=length or 0),
+    "squad_f1": lambda length: _of_text(squad_f1, length),
+    "exact_match": lambda length: _of_text(exact_match, length),
 }
 """Name -> makes the objective, given `objective_max_new_tokens`."""
+
+PAIR_OBJECTIVES: dict[str, Callable[[int | None], Objective]] = {
+    "accuracy": lambda length: _only_forward(
+        OutputObjective(function=pair_accuracy, name="accuracy", maximize=True, best=1.0), length
+    ),
+}
+"""The same, where rows are pairs of answers and a model gives each a score."""
+
+
+def _of_text(score: Callable[..., Any], length: int | None) -> Objective:
+    return TextObjective(function=score, best=1.0, max_new_tokens=length or 0, as_messages=False)
 
 
 def _only_forward(objective: Objective, max_new_tokens: int | None) -> Objective:
@@ -293,65 +368,11 @@ def _only_forward(objective: Objective, max_new_tokens: int | None) -> Objective
 # -- batches
 
 
-def base_of(model: nn.Module) -> Any:
-    """The transformers model below adapters."""
-    adapted: Any = model
-    return adapted.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def n_rows_of(trainer: Any, batch: Mapping[str, Any]) -> int:
     """Rows of the dataset in a batch: the length of its first tensor, or half of it where rows are pairs."""
     length = len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
     return length // 2 if trainer.rows_are_pairs else length
 
 
-def prompts_and_references(
-    model: nn.Module, batch: Mapping[str, Any]
-) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    """Token ids of every row's prompt, and of what its labels say, without padding.
-
-    Raises:
-        ConfigError: a row's first token has a label already, so where its prompt ends is not known.
-    """
-    ids, labels = batch["input_ids"], batch.get("labels")
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    references = None if labels is None else [row[row != -100] for row in labels]
-    if labels is None or base_of(model).config.is_encoder_decoder:
-        return [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)], references
-    prompts = []
-    for row, kept, marks in zip(ids, mask, labels, strict=True):
-        labelled = (marks != -100).nonzero()
-        end = int(labelled[0]) if len(labelled) else len(row)
-        prompts.append(row[:end][kept[:end].bool()])
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ConfigError(
-            "A row has a label on its first token, so there is no prompt to generate from. Use a prompt-completion "
-            "dataset (with `completion_only_loss`), or mask the prompt's labels with -100."
-        )
-    return prompts, references
-
-
-def _left_padded(rows: Sequence[torch.Tensor], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(len(row) for row in rows)
-    ids = rows[0].new_full((len(rows), length), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :] = row
-        mask[i, length - len(row) :] = 1
-    return ids, mask
-
-
-def _decoded(tokenizer: Any, rows: Sequence[torch.Tensor]) -> list[str]:
-    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-
-
-def _pad_id(tokenizer: Any) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _tokenizer_of(trainer: Any) -> Any:
-    given = trainer.processing_class
-    if given is None:
-        raise ConfigError("An objective on generated text needs a tokenizer: pass it as `processing_class`.")
-    return getattr(given, "tokenizer", given)
+def _drop(*_: Any) -> None:
+    """What a probe logs is no metric of a step."""

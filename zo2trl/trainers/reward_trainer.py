@@ -39,6 +39,7 @@ class ZORewardTrainer(ZOTRLMixin, RewardTrainer):
 
     config_class = ZORewardConfig
     rows_are_pairs = True
+    scores_pairs = True
 
     def _what_to_load(self) -> dict[str, Any]:
         return {"model_class": AutoModelForSequenceClassification, "num_labels": 1}

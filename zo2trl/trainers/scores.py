@@ -16,11 +16,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from zo2trl.errors import ConfigError
 
-__all__ = ["accuracy", "exact_match", "normalize_answer", "squad_f1"]
+__all__ = ["accuracy", "exact_match", "normalize_answer", "pair_accuracy", "squad_f1"]
 
 
-def accuracy(outputs: Any, labels: torch.Tensor, model: nn.Module) -> torch.Tensor:
+def accuracy(outputs: Any, labels: torch.Tensor | None, model: nn.Module) -> torch.Tensor:
     """Share of right classes, or of labelled tokens that are the most likely ones given those before them."""
+    if labels is None:
+        raise ConfigError(
+            "`objective` 'accuracy' compares with labels, and the batches have none. Add a `labels` column (or name "
+            "yours in `label_names`), or pass a function of outputs."
+        )
     logits = outputs.logits
     if logits.dim() == 2 and labels.dim() == 1:
         return (logits.argmax(-1) == labels).double().mean()
@@ -28,6 +33,12 @@ def accuracy(outputs: Any, labels: torch.Tensor, model: nn.Module) -> torch.Tens
         logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     counts = labels != -100
     return ((logits.argmax(-1) == labels) & counts).sum().double() / counts.sum().clamp(min=1)
+
+
+def pair_accuracy(outputs: Any) -> torch.Tensor:
+    """1.0 where a chosen answer scores higher than the rejected one, else 0.0."""
+    chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+    return (chosen > rejected).double()
 
 
 def squad_f1(completions: Sequence[str], references: Sequence[str] | None, answers: Any = None) -> list[float]:

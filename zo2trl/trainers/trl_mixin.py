@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
+
 from zo2trl.engine.lockstep import current_pass
 from zo2trl.errors import UnsupportedError
+from zo2trl.trainers.metrics import count_tokens
 from zo2trl.trainers.mixin import ZOTrainerMixin
 
 __all__ = ["ZOTRLMixin"]
@@ -50,6 +53,15 @@ class ZOTRLMixin(ZOTrainerMixin):
         return self.engine.run_clean([partial(ask, self.model, self._prepare_inputs(inputs))])[0]
 
     # -- what is counted
+
+    def compute_step_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        """See `ObjectiveMixin.compute_step_loss`. TRL's own loss counts tokens; an objective stands in for it."""
+        if self.objective is not None and hasattr(self, "_total_train_tokens"):
+            n_tokens = torch.tensor(count_tokens(inputs), device=self.args.device)
+            n_tokens_of_all = self.accelerator.gather_for_metrics(n_tokens).sum().item()  # type: ignore[union-attr]
+            self._total_train_tokens += n_tokens_of_all // getattr(self, "_tp_size", 1)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return super().compute_step_loss(model, inputs, num_items_in_batch)
 
     @contextmanager
     def probes_counted_once(self, n_probes: int) -> Iterator[None]:
