@@ -31,8 +31,8 @@ class ZORewardTrainer(ZOTRLMixin, RewardTrainer):
         model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `str`):
             A sequence classification model with one label, or the path of a checkpoint, which is then read unit by
             unit in the checkpoint's own dtype (unless `model_init_kwargs["dtype"]` says otherwise) and never held in
-            memory. The head (`score`) is drawn from `seed` if the checkpoint has none. With adapters, name it in
-            `modules_to_save`, else it stays as it was drawn.
+            memory. The head (`score`) is drawn from `seed` if the checkpoint has none. Adapters of the task
+            type `SEQ_CLS` train it; with another task type, name it in `modules_to_save`.
         args ([`ZORewardConfig`] or [`~trl.RewardConfig`], *optional*):
             A plain `RewardConfig` is converted with ZO defaults.
     """
