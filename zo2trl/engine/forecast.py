@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from zo2trl.engine.opening import EngineOptions, Plan, write_back_intervals
+from zo2trl.engine.opening import EngineOptions, Plan, n_probes, write_back_intervals
 from zo2trl.engine.workload import Workload
 from zo2trl.tiers.disk import CHECK_EVERY
 from zo2trl.tiers.layout import Unit
@@ -119,9 +119,9 @@ def forecast(
     """
     on_cpu = options.device.type == "cpu"
     every = write_back_intervals(plan.layout, plan.placement, options)
-    n_probes = 2 * options.num_directions
-    n_passes, per_march = n_probes * n_micro_batches, max(passes_per_march // n_probes, 1)
-    n_marches, n_together = -(-n_micro_batches // per_march), min(n_passes, n_probes * per_march)
+    probes = n_probes(options)
+    n_passes, per_march = probes * n_micro_batches, max(passes_per_march // probes, 1)
+    n_marches, n_together = -(-n_micro_batches // per_march), min(n_passes, probes * per_march)
     links = _links(plan, every, on_cpu=on_cpu, n_marches=n_marches)
     forward_s = n_passes * _pass_s(workload, rates, on_cpu=on_cpu)
     units = plan.layout.units

@@ -38,6 +38,7 @@ __all__ = [
     "EngineOptions",
     "Plan",
     "has_run",
+    "n_probes",
     "open_engine",
     "pace_of",
     "place_units",
@@ -272,7 +273,7 @@ def _default_rounding(layout: Layout) -> Rounding:
     return "stochastic" if is_16_bit else "nearest"
 
 
-def _n_probes(options: EngineOptions) -> int:
+def n_probes(options: EngineOptions) -> int:
     """Of a step, in this process."""
     estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
     return len(options.ranks.share(estimator.probes()))
@@ -295,7 +296,7 @@ def pace_of(layout: Layout, options: EngineOptions) -> Pace:
     """How fast steps are with these options, by rates measured once (tiers/pace.py)."""
     trained = layout.trainable_tensors()
     work = Work(
-        token_passes=_n_probes(options) * options.tokens_per_step, num_directions=options.num_directions,
+        token_passes=n_probes(options) * options.tokens_per_step, num_directions=options.num_directions,
         itemsize=min((tensor.dtype.itemsize for tensor in trained), default=4), direction=options.direction,
         rounding=options.rounding or _default_rounding(layout),
         trained_share=sum(tensor.n_bytes for tensor in trained) / max(layout.n_bytes, 1),

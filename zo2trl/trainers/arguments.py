@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments
 
-from zo2trl.errors import ConfigError, UnsupportedError
+from zo2trl.errors import ConfigError
 from zo2trl.tiers.placement import parse_size
+from zo2trl.trainers.support import refusal
 from zo2trl.zo.noise import DIRECTIONS
 
 __all__ = ["ZOArguments", "ZOConfig", "convert_arguments"]
@@ -166,10 +167,7 @@ class ZOArguments:
         _check_choices(self)
         _check_numbers(self)
         if deepspeed := getattr(self, "deepspeed", None):  # before upstream asks for the package
-            raise UnsupportedError(
-                f"`deepspeed={deepspeed!r}` cannot work with ZO training: DeepSpeed owns the parameters, and so does "
-                "the tiered store. Remove it: the store already spreads them."
-            )
+            raise refusal("deepspeed", deepspeed)
         if getattr(self, "bf16", False) is None and not torch.cuda.is_available():
             self.bf16 = False  # TRL means "where the GPU can"; upstream refuses it on a machine without one
         if not self.gradient_checkpointing:

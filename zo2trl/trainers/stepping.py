@@ -8,7 +8,7 @@ the optimizer's `step` commits it to the journal.
 
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -143,12 +143,9 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
             learning_rate=learning_rate, weight_decay=self.args.weight_decay, projected_grads=self._grads,
             grad_norm=self._grad_norm,
         )  # fmt: skip
-        if self._is_watched_by(READS_PARAMETERS):
-            self.engine.flush()
-
-    def _is_watched_by(self, names: Collection[str]) -> bool:
         kinds = (kind.__name__ for callback in self.callback_handler.callbacks for kind in type(callback).__mro__)
-        return any(kind in names for kind in kinds)
+        if not READS_PARAMETERS.isdisjoint(kinds):
+            self.engine.flush()
 
     def _measured(self) -> Any:
         """What the forwards of this step measured besides losses, as JSON, for trainers that log such things."""

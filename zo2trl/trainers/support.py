@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from zo2trl.errors import ConfigError, UnsupportedError
 from zo2trl.trainers.fields import REFUSED, SUPPORTED, WITHOUT_EFFECT
 
-__all__ = ["check_arguments", "check_optimizers", "upstream_fields"]
+__all__ = ["check_arguments", "check_optimizers", "refusal", "upstream_fields"]
 
 _NO_OPTIMIZER = WITHOUT_EFFECT["optim"]
 
@@ -49,7 +49,7 @@ def check_arguments(args: TrainingArguments) -> None:
     for name in chosen:
         value = getattr(args, name)
         if name in REFUSED:
-            raise UnsupportedError(f"`{name}={value!r}` cannot work with ZO training: {REFUSED[name]}")
+            raise refusal(name, value)
         if name in WITHOUT_EFFECT:
             warnings.warn(f"`{name}={value!r}` has no effect in ZO training: {WITHOUT_EFFECT[name]}.", stacklevel=4)
         elif name not in SUPPORTED:
@@ -62,6 +62,11 @@ def check_arguments(args: TrainingArguments) -> None:
         if getattr(args, name, False):
             setattr(args, name, False)
     _refuse_launchers(args)
+
+
+def refusal(name: str, value: Any) -> UnsupportedError:
+    """What to raise for an argument in `REFUSED`."""
+    return UnsupportedError(f"`{name}={value!r}` cannot work with ZO training: {REFUSED[name]}")
 
 
 def check_optimizers(given: dict[str, Any]) -> None:
