@@ -8,13 +8,14 @@ Reported per mode: median and least step time and tokens per second, what bounds
 per step and link, and the peaks of the allocator, of what it has reserved, of the device, of pinned and of anonymous
 host memory. One engine serves all modes: its units move.
 
-Where units live on disk, the very same files are read bare before and after the steps, and a file of a unit's size is
-written: machines are shared, and drives with them. Such a mode goes on stepping until a unit is written back, and is
-judged by its mean step, for not every step writes as much.
+Machines are shared, and drives with them: one reads twice as fast at one moment as at the next. Where units live on
+disk, steps are measured in turns with bare reads of the very same files and writes of a unit's size. Such a mode goes
+on stepping until a unit is written back, and is judged by its mean step, for not every step writes as much.
 """
 
 import argparse
 import gc
+import math
 import statistics
 import tempfile
 import time
@@ -32,6 +33,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from benchmarks._floors import DriveRates, Extent, copy_rates, drive_rates, two_forwards_s
+from benchmarks._judging import Steps, bounds_ms, drive_floors, judged, line
 from benchmarks._report import add_out, save_report
 from zo2trl.engine.fitting import DeviceFit
 from zo2trl.engine.heads import deferring_logits, hook_heads
@@ -68,7 +70,7 @@ MODES: dict[str, dict[str, Any]] = {
     "mixed": {"device": "a quarter", "cpu": "half of the rest"},
 }
 ON_DISK = {"disk", "mixed"}
-TURNS, STEPS_A_TURN = 5, 3  # of steps and bare forwards where computing bounds a step
+TURNS, STEPS_A_TURN = 5, 3  # of steps and bare forwards where computing bounds a step, or bare reads
 
 
 def main() -> None:
@@ -240,13 +242,17 @@ class Bench:
                 step()
 
     def _measured(self, step: Callable[[], None], *, tokens: int, drive: list[DriveRates]) -> dict[str, Any]:
-        """Steps, and what they are judged by; `drive` has the rates before them, if any unit is on a drive."""
+        """Steps, and what they are judged by; `drive` has rates from before them, if any unit is on a drive."""
         torch.cuda.reset_peak_memory_stats()
-        before, cpu_before_s = Counter(self.engine.store.traffic), time.process_time()
-        step_s = [seconds(step) for _ in range(self.options.repeats)]
-        cores = (time.process_time() - cpu_before_s) / sum(step_s)
-        moved = self.engine.store.traffic - before
-        n_bytes = {link: moved[link] / len(step_s) for link in LINKS}
+        if drive:
+            steps = Steps()
+            for _ in range(TURNS):
+                step()  # finds more fetched than steps in the steady state do
+                steps += self._timed(step, times=math.ceil(self.options.repeats / TURNS))
+                drive = [*drive, drive_rates(self._files(), like=drive[0])]
+        else:
+            steps = self._timed(step, times=self.options.repeats)
+        n_bytes = {link: steps.moved[link] / len(steps.seconds) for link in LINKS}
         free, total = torch.cuda.mem_get_info()
         memory = psutil.Process().memory_info()
         figures: dict[str, Any] = {
@@ -256,22 +262,26 @@ class Bench:
             "device_memory": self.settings.budgets.device,
             "cpu_tier_bytes": self.engine.store.placement.cpu_bytes,
             "anonymous_bytes": memory.rss - memory.shared,
-            "cpu_cores": cores,
+            "cpu_cores": steps.cpu_s / sum(steps.seconds),
             "write_back_every": dict(self.engine.store.rhythm.write_back),
             "store": self.engine.store.summary(),
         }
         floors = dict(self.floors)
         if drive:
-            drive = [*drive, drive_rates(self._files(), like=drive[0])]
             floors |= drive_floors(drive)
             figures["drive"] = [asdict(one) for one in drive]
         compute_ms = floors[f"two_forwards_ms_{tokens}"] * self.n_batches * self.n_directions
-        return judged(step_s, n_bytes, bounds_ms(n_bytes, floors, compute_ms=compute_ms)) | {
-            "tokens_per_second": self.n_batches * tokens / statistics.median(step_s),
+        return judged(steps.seconds, n_bytes, bounds_ms(n_bytes, floors, compute_ms=compute_ms)) | {
+            "tokens_per_second": self.n_batches * tokens / statistics.median(steps.seconds),
             "bytes_per_step": n_bytes,
             "floors": {name: rate for name, rate in floors.items() if name.endswith("gb_s")},
             **figures,
         }
+
+    def _timed(self, step: Callable[[], None], *, times: int) -> Steps:
+        before, cpu_before_s = Counter(self.engine.store.traffic), time.process_time()
+        taken_s = [seconds(step) for _ in range(times)]
+        return Steps(taken_s, self.engine.store.traffic - before, time.process_time() - cpu_before_s)
 
     def _in_turns(self, step: Callable[[], None], ids: torch.Tensor) -> dict[str, Any]:
         """Steps and bare forwards in turns: what a GPU computes in a second depends on how warm it is by now."""
@@ -311,63 +321,6 @@ def budgets(model: nn.Module, mode: Mapping[str, Any], *, n_passes: int, cpu: An
     }  # fmt: skip
     device, cpu = mode["device"], mode.get("cpu", cpu)
     return named.get(device, device), named.get(cpu, cpu)
-
-
-def bounds_ms(n_bytes: Mapping[str, float], floors: Mapping[str, float], *, compute_ms: float) -> dict[str, float]:
-    """Milliseconds that a step takes at least, by what bounds it: bytes of a step by link over GB/s of each link."""
-    up, down = n_bytes["h2d"], n_bytes["d2h"]
-    bounds = {
-        "compute": compute_ms,
-        "upload": up / floors["up_gb_s"] / 1e6,
-        # What goes down shares the link with what comes up: measured both at once, each way gets less.
-        "both ways": min(up, down) / floors["each_way_gb_s"] / 1e6 + max(up - down, 0.0) / floors["up_gb_s"] / 1e6,
-    }
-    if n_bytes["disk_read"]:
-        read_ms = n_bytes["disk_read"] / floors["disk_read_gb_s"] / 1e6
-        written_ms = n_bytes["disk_written"] / floors["disk_write_gb_s"] / 1e6
-        bounds |= {"disk read": read_ms, "disk read and written": read_ms + written_ms}
-    return {name: bound for name, bound in bounds.items() if bound}
-
-
-def judged(step_s: list[float], n_bytes: Mapping[str, float], bounds: Mapping[str, float]) -> dict[str, Any]:
-    """A step's time, beside its bounds; the mean where a drive is read, for not every step writes as much there."""
-    mean_ms, median_ms = statistics.mean(step_s) * 1e3, statistics.median(step_s) * 1e3
-    judged_ms = mean_ms if n_bytes["disk_read"] else median_ms
-    bound = max(bounds, key=lambda name: bounds[name])
-    return {
-        "step_ms": median_ms,
-        "least_step_ms": min(step_s) * 1e3,
-        "mean_step_ms": mean_ms,
-        "steps_ms": [one * 1e3 for one in step_s],
-        "bounds_ms": dict(bounds),
-        "bound": bound,
-        "over_bound": judged_ms / bounds[bound],
-        "over": {name: judged_ms / bound_ms for name, bound_ms in bounds.items()},
-        "least_over": {name: min(step_s) * 1e3 / bound_ms for name, bound_ms in bounds.items()},
-        "disk_read_gb_s": n_bytes["disk_read"] / judged_ms / 1e6,
-    }
-
-
-def drive_floors(drive: list[DriveRates]) -> dict[str, float]:
-    """One rate of those before and after the steps: as if a part of the bytes had been moved at each."""
-    return {
-        "disk_read_gb_s": statistics.harmonic_mean(one.read for one in drive),
-        "disk_write_gb_s": statistics.harmonic_mean(one.write for one in drive),
-    }
-
-
-def line(label: str, row: Mapping[str, Any]) -> str:
-    """What a run shows while it goes on."""
-    over = " ".join(f"{ratio:.3f} x {name}," for name, ratio in row["over"].items())
-    names = {"allocator_peak": "allocated", "reserved_peak": "reserved", "device_used": "used"}
-    memory = ", ".join(f"{row[f'{key}_bytes'] / 1e9:.2f} {name}" for key, name in names.items())
-    drive = ""
-    if "drive" in row:
-        raw = ", ".join(f"{one['read']:.2f} (written {one['write']:.2f})" for one in row["drive"])
-        written = row["bytes_per_step"]["disk_written"] / 1e6
-        drive = f"; disk {row['disk_read_gb_s']:.2f} of bare {raw} GB/s, {written:.0f} MB written a step"
-    times = f"{row['step_ms']:.1f} ms (least {row['least_step_ms']:.1f}, mean {row['mean_step_ms']:.1f})"
-    return f"{label}: {times} {over} GB {memory}; {row['cpu_cores']:.2f} cores{drive}"
 
 
 def free_device_memory() -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_WRITE_BACK_INTERVAL", "Pace", "Rates", "StepTime", "Work"]
 
-MAX_WRITE_BACK_INTERVAL = 32
+MAX_WRITE_BACK_INTERVAL = 64
 AS_GOOD = 1.002  # of two intervals this close, other things decide
 
 

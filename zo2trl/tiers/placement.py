@@ -108,9 +108,13 @@ class Placement:
         return [index for index, name in self.tier_of.items() if name == tier]
 
     @cached_property
-    def turns(self) -> dict[int, int]:
-        """Each unit's number among those of its tier. Its index won't do: every other block may be in one tier."""
-        return {index: turn for tier in TIERS for turn, index in enumerate(self.units_in(tier))}
+    def turns(self) -> dict[int, tuple[int, int]]:
+        """Each unit's number among those of its tier, and how many these are.
+
+        Its index won't do as a number: every other block may be in one tier.
+        """
+        units = {tier: self.units_in(tier) for tier in TIERS}
+        return {index: (turn, len(units[tier])) for tier in TIERS for turn, index in enumerate(units[tier])}
 
     def n_bytes(self, layout: Layout) -> dict[TierName, int]:
         """Bytes of the weights in each tier that has any."""

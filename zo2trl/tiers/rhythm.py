@@ -25,6 +25,9 @@ class Rhythm:
         """Steps between two times that a unit's weights are stored at home with every record absorbed."""
         return self.write_back.get(tier, 1)
 
-    def is_turn(self, turn: int, *, every: int, position: int) -> bool:
-        """Whether the unit that is number `turn` of those that take turns is due after the record at `position`."""
-        return (position + turn) % every == 0
+    def is_turn(self, turn: int, *, of: int, every: int, position: int) -> bool:
+        """Whether unit `turn` of `of` that take turns is due after `position` records.
+
+        Where there are fewer units than steps, the steps without a write lie between the units', not behind them all.
+        """
+        return (position + turn * every // of) % every == 0

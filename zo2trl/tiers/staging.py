@@ -28,7 +28,7 @@ from zo2trl.tiers.tier import host_bytes
 
 __all__ = ["Begun", "Reading", "Staging"]
 
-N_PIECES_UP = N_READERS + 4  # those that are being filled, and others whose copies wait for their slot
+N_PIECES_UP = N_READERS + 2  # those that are being filled, and others whose copies wait for their slot
 N_PIECES_DOWN = 2  # one is written to disk while the next one comes
 
 

@@ -167,8 +167,9 @@ class TieredStore:
             tell()
         self._absorb_rest()
         position = len(self.records)
-        for unit in self.layout.units:
-            is_its_turn = self.rhythm.is_turn(unit.index, every=self.rhythm.snapshot, position=position)
+        every, units = self.rhythm.snapshot, self.layout.units
+        for unit in units:
+            is_its_turn = self.rhythm.is_turn(unit.index, of=len(units), every=every, position=position)
             if is_its_turn and unit.is_trained and self.tier_of(unit) != "disk":
                 self.homes.snapshot(unit)
 
@@ -375,9 +376,8 @@ class TieredStore:
         tier = self.tier_of(unit)
         if self.homes.read_only and tier == "disk":
             return False
-        every = self.rhythm.store_every(tier)
-        turn = self.placement.turns[unit.index]
-        return self._eager or self.rhythm.is_turn(turn, every=every, position=len(self.records) + in_steps)
+        (turn, of), every = self.placement.turns[unit.index], self.rhythm.store_every(tier)
+        return self._eager or self.rhythm.is_turn(turn, of=of, every=every, position=len(self.records) + in_steps)
 
     def _may_be_due(self, segment: Segment) -> bool:
         """Asked when a segment is fetched, which may be a step before it is used."""
