@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from operator import attrgetter
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -41,6 +42,9 @@ _USES = ("generate", "save_pretrained", "merge_and_unload", "merge_adapter", "un
 """What reads or keeps a model's weights or their dtype before any forward or state dict is asked for."""
 
 
+_LOOKS = (torch.Tensor.data_ptr, attrgetter("_version"), attrgetter("dtype"))
+
+
 class _Misfit(NamedTuple):
     name: str
     parameter: nn.Parameter
@@ -51,11 +55,11 @@ class Binding:
     """Swaps parameter storage of one model, and tells when a forward enters or leaves a visit point."""
 
     _parameters: dict[int, nn.Parameter]  # tensor id -> Parameter
-    _bound_views: dict[tuple[int, int], list[tuple[nn.Parameter, torch.Tensor]]]  # (segment, address) -> its tensors
+    _bound_views: dict[tuple[int, int, int], list[tuple[nn.Parameter, torch.Tensor]]]  # (segment, addresses) -> its
     _rest_views: dict[int, tuple[int, list[tuple[nn.Parameter, torch.Tensor]]]]  # unit -> (version of home, tensors)
     _resting: dict[int, torch.Tensor]  # tensor id -> the view it was last put to rest with
     _seen_versions: dict[int, int]  # tensor id -> Parameter._version at that moment
-    _untouched: list[tuple[nn.Parameter, int, torch.dtype, int]]  # all of that as one list: it is gone through often
+    _untouched: list[list[Any]]  # `_state` at that moment
 
     def __init__(self, model: nn.Module, layout: Layout, store: TieredStore) -> None:
         self.layout = layout
@@ -79,14 +83,8 @@ class Binding:
     ) -> None:
         """Point a visit's parameters at clean bytes, and its trainable ones at perturbed bytes where given."""
         for i, segment in enumerate(point.segments):
-            for parameter, view in self._views(segment, weights[i]):
+            for parameter, view in self._views(segment, weights[i], perturbed[i] if perturbed else None):
                 parameter.data = view
-            moved = perturbed[i] if perturbed else None
-            if moved is not None:
-                trainable = (t.trainable for t in segment.tensors)
-                for (parameter, view), is_trainable in zip(self._views(segment, moved), trainable, strict=True):
-                    if is_trainable:
-                        parameter.data = view
 
     def poison(self, point: VisitPoint) -> None:
         """Make a point's parameters unreadable: a hook that was missed shows as NaN, not as stale weights."""
@@ -127,7 +125,7 @@ class Binding:
     def note_versions(self) -> None:
         """Take the parameters' values for known."""
         self._seen_versions = {key: p._version for key, p in self._parameters.items()}
-        self._untouched = [(p, p.data_ptr(), p.dtype, p._version) for p in self._parameters.values()]
+        self._untouched = self._state()
 
     def adopt_changes(self, point: VisitPoint | None = None) -> list[Unit]:
         """Take over what somebody wrote into parameters at rest, of one point or all; the units they wrote to.
@@ -138,7 +136,7 @@ class Binding:
         Raises:
             MarchError: the dtype or shape changed, or steps were pending that the changed weights never saw.
         """
-        if point is None and self._untouched and not self._was_touched():
+        if point is None and self._untouched and self._untouched == self._state():
             return []
         points = self.layout.points if point is None else (point,)
         changed: dict[int, Unit] = {}
@@ -173,12 +171,10 @@ class Binding:
                 module._buffers[name] = buffer
         return partial(_settle, found)
 
-    def _was_touched(self) -> bool:
-        """Whether a closer look is worth it; a step begins with this while the device waits."""
-        return any(
-            p._version != version or p.data_ptr() != address or p.dtype is not dtype
-            for p, address, dtype, version in self._untouched
-        )
+    def _state(self) -> list[list[Any]]:
+        """Addresses, versions and dtypes. Without a loop of Python's: a device waits while a step begins."""
+        every = self._parameters.values()
+        return [list(map(look, every)) for look in _LOOKS]
 
     def _bring_home(self, spec: TensorSpec, parameter: nn.Parameter, unit: Unit) -> None:
         home = self._home_views(unit.index)[unit.tensors.index(spec)][1]
@@ -237,15 +233,17 @@ class Binding:
 
     # -- views
 
-    def _views(self, segment: Segment, buffer: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        key = (segment.index, buffer.data_ptr())
+    def _views(
+        self, segment: Segment, clean: torch.Tensor, moved: torch.Tensor | None
+    ) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        key = (segment.index, clean.data_ptr(), 0 if moved is None else moved.data_ptr())
         views = self._bound_views.get(key)
         if views is None:
-            views = [
+            views = self._bound_views[key] = [
                 (self._parameters[s.tensor_id], carve(buffer, s, byte_start=segment.byte_start))
                 for s in segment.tensors
+                for buffer in [moved if moved is not None and s.trainable else clean]
             ]
-            self._bound_views[key] = views
         return views
 
     def _home_views(self, unit_index: int) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -47,21 +47,25 @@ class PassLocal(Protocol):
 class _Modes:
     """Torch's thread-local modes: taken from a pass when it is suspended, put back when it goes on."""
 
-    __slots__ = ("autocast", "cache", "functions", "grad", "inference")
+    __slots__ = ("flags", "functions", "inference")
 
     def __init__(self) -> None:
         self.inference = torch.is_inference_mode_enabled()
-        self.grad = torch.is_grad_enabled()
-        self.cache = torch.is_autocast_cache_enabled()
-        self.autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS]
+        self.flags = (
+            torch.is_grad_enabled(), torch.is_autocast_cache_enabled(),
+            *[(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS],
+        )  # fmt: skip
         self.functions = _pop_function_modes()
 
-    def restore(self) -> None:
-        torch.set_grad_enabled(self.grad)
-        torch.set_autocast_cache_enabled(self.cache)
-        for kind, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
+    def replace(self, now: "_Modes | None") -> None:
+        """`now`: what they are at this moment, if known: to set what is set already takes longer than to look."""
+        if now is None or self.flags != now.flags:
+            grad, cache, *autocast = self.flags
+            torch.set_grad_enabled(grad)
+            torch.set_autocast_cache_enabled(cache)
+            for kind, (enabled, dtype) in zip(_KINDS, autocast, strict=True):
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
         for mode in self.functions:
             torch._C._push_on_torch_function_stack(mode)
 
@@ -118,21 +122,21 @@ class Pass(greenlet):
 
     def _enter(self, outer: _Modes) -> None:
         torch.clear_autocast_cache()
-        if self._outside is not None:
-            _exit_inference_mode(self._outside)
-            self._outside = None
-        (self._modes or outer).restore()
+        outside, self._outside = self._outside, None
+        if outside is not None:
+            _exit_inference_mode(outside)  # which sets grad mode, too
+        (self._modes or outer).replace(outer if outside is None else None)
         for local, value in self._locals:
             if local.get() != value:
                 local.set(value)
 
     def _leave(self, outer: _Modes) -> None:
-        self._modes = _Modes()
+        self._modes = inner = _Modes()
         self._locals = [(local, local.get()) for local, _ in self._locals]
         torch.clear_autocast_cache()  # also when autocast is off by now: its own exit only clears the outermost level
-        if torch.is_inference_mode_enabled() != outer.inference:
+        if inner.inference != outer.inference:
             self._outside = _enter_inference_mode(outer.inference)
-        outer.restore()
+        outer.replace(inner if self._outside is None else None)
 
     def _finish(self) -> None:
         self.value = self._run()

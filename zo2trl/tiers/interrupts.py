@@ -87,8 +87,15 @@ def uninterrupted(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def held(*args: P.args, **kwargs: P.kwargs) -> R:
-        with interrupts_held():
+        global _depth
+        if not _depth or threading.current_thread() is not threading.main_thread():
+            with interrupts_held():
+                return function(*args, **kwargs)
+        _depth += 1  # inside another section, whose end is where signals take effect: a visit has many of these
+        try:
             return function(*args, **kwargs)
+        finally:
+            _depth -= 1
 
     return held
 

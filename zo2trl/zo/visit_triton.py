@@ -13,6 +13,7 @@ move every word through shared memory.
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby, islice
@@ -109,9 +110,9 @@ def _launch(
         )  # fmt: skip
 
 
-def _bits_of(values: Sequence[float]) -> list[int]:
+def _bits_of(values: Sequence[float]) -> tuple[int, ...]:
     """Float32 numbers as int32: Triton would compile a kernel of its own for some values of a float argument."""
-    return np.array(values, np.float32).view(np.int32).tolist()
+    return struct.unpack(f"{len(values)}i", struct.pack(f"{len(values)}f", *values))
 
 
 @lru_cache(maxsize=128)
