@@ -257,6 +257,7 @@ def test_a_write_back_from_the_device_is_what_the_next_march_reads(tmp_path: Pat
         for segment in (s for s in rig.segments if s.unit in units):
             weights = torch.full((segment.n_bytes,), segment.index, dtype=torch.uint8, device=CUDA)
             rig.homes.write_back(segment, weights, position=1).result()
+        rig.homes.settle()  # a unit's new version is there when the last of its segments was written
         rig.fetcher.drop()
         for segment, seen in zip(rig.segments, rig.march(), strict=True):
             if segment.unit in units:

@@ -41,6 +41,10 @@ def noise_of(span, seed, kind="rademacher"):
     return z
 
 
+def perturb(clean, into, spans, *, by, seed, coefficient):
+    by.visit(clean, spans, (), probes=[Displaced(seed, coefficient, into)])
+
+
 def replayed(buffer, span, records, *, rounding="stochastic"):
     result = buffer.clone()
     rule(rounding).replay(result, [span], records)
@@ -56,7 +60,7 @@ def test_a_probe_sees_clean_weights_plus_the_scaled_direction(dtype, kind):
     span = span_of([100, TILE + 3], dtype)
     clean = random_buffer(span)
     scratch = torch.full_like(clean, 255)
-    rule(noise=kind).perturb(clean, scratch, [span], seed=5, coefficient=-1e-3)
+    perturb(clean, scratch, [span], by=rule(noise=kind), seed=5, coefficient=-1e-3)
     expected = (span.view(clean).float() + noise_of(span, 5, kind) * -1e-3).to(dtype)
     assert torch.equal(span.view(scratch), expected)
 
@@ -67,7 +71,7 @@ def test_perturbing_reads_clean_bytes_only_and_leaves_padding_zero(numels, dtype
     span = span_of(numels, dtype)
     clean = random_buffer(span)
     before, scratch = clean.clone(), torch.empty_like(clean)
-    rule().perturb(clean, scratch, [span], seed=seed, coefficient=coefficient)
+    perturb(clean, scratch, [span], by=rule(), seed=seed, coefficient=coefficient)
     assert torch.equal(clean, before)
     assert torch.count_nonzero(span.view(scratch)[is_padding(span)]) == 0
 
@@ -81,7 +85,7 @@ def test_one_visit_does_what_replaying_and_perturbing_twice_do(numels, dtype, ro
     clean = replayed(random_buffer(span), span, records, rounding=rounding)
     wanted = [torch.zeros_like(clean) for _ in range(2)]
     for into, coefficient in zip(wanted, (1e-2, -1e-2), strict=True):
-        rule(rounding).perturb(clean, into, [span], seed=5, coefficient=coefficient)
+        perturb(clean, into, [span], by=rule(rounding), seed=5, coefficient=coefficient)
     weights = random_buffer(span)
     plus, minus = torch.zeros_like(weights), weights if in_place else torch.zeros_like(weights)
     probes = [Displaced(5, 1e-2, plus), Displaced(5, -1e-2, minus)]
@@ -95,7 +99,7 @@ def test_frozen_tensors_between_spans_are_neither_perturbed_nor_updated():
     last = span_of([10], torch.float32, byte_start=len(low.tiles) * TILE * 4 + frozen, first_id=7)
     buffer = torch.randint(256, (frozen * 3,), dtype=torch.uint8)
     scratch, middle = torch.full_like(buffer, 77), slice(high, high + frozen)
-    rule().perturb(buffer, scratch, [low, last], seed=1, coefficient=1.0)
+    perturb(buffer, scratch, [low, last], by=rule(), seed=1, coefficient=1.0)
     assert torch.all(scratch[middle] == 77)
     kept = buffer[middle].clone()
     rule().replay(buffer, [low, last], [record(1)])
@@ -130,7 +134,7 @@ def test_along_the_applied_direction_a_step_moves_what_the_probes_really_moved(d
     buffer, step = random_buffer(span, scale=1.0), record(2, grad=-0.5, lr=0.25)
     probes = [torch.empty_like(buffer) for _ in range(2)]
     for probe, sign in zip(probes, (1, -1), strict=True):
-        along.perturb(buffer, probe, [span], seed=step.seed, coefficient=sign * step.zo_eps)
+        perturb(buffer, probe, [span], by=along, seed=step.seed, coefficient=sign * step.zo_eps)
     plus, minus = (span.view(probe).float() for probe in probes)
     exact = span.view(buffer).float() - (plus - minus) * (0.5 / step.zo_eps) * -0.5 * 0.25
     moved = buffer.clone()

@@ -116,18 +116,12 @@ class UpdateRule:
                 self._step(flat[run], tiles, record, decays=span.decays)
             self._displace(flat[run], tiles, [(probe, span.view(probe.into)[run]) for probe in probes])
 
-    def perturb(
-        self, clean: torch.Tensor, into: torch.Tensor, spans: Sequence[Span], *, seed: int, coefficient: float
-    ) -> None:
-        """Write clean + coefficient * z(seed) of every span into the scratch buffer; `clean` is only read."""
-        self.visit(clean, spans, (), probes=[Displaced(seed, coefficient, into)])
-
     def replay(self, weights: torch.Tensor, spans: Sequence[Span], records: Sequence[Record]) -> None:
         """Bring clean weights forward over `records`, in place."""
         self.visit(weights, spans, records)
 
     def draw_everything(self, span: Span, *, seed: int, device: torch.device) -> None:
-        """Draw a span's noise as `perturb` does and throw it away: what the noise alone costs."""
+        """Draw a span's noise as `visit` does and throw it away: what the noise alone costs."""
         for tiles, _ in _chunks(span.tiles, device):
             self._draw(seed, tiles, device)
 
