@@ -21,6 +21,7 @@ from typing import Any
 
 import transformers
 import yaml
+from accelerate import PartialState
 from packaging.version import Version
 from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
 from trl.trainer.model_config import ModelConfig
@@ -302,6 +303,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         *parsed, from_config, from_line = parse(make_parser(name), arguments, **how)
         _refuse_left_over(name, from_config, from_line)
         train(name, *parsed)
+        PartialState().destroy_process_group()  # else NCCL complains at the end of every run on several GPUs
 
 
 def _rank() -> str:
