@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", help=argparse.SUPPRESS)
     parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--budgets", nargs="*", help="only these")
     add_out(parser)
     options = parser.parse_args()
     if options.train:
@@ -83,6 +84,8 @@ def main() -> None:
             folder = make_model(name, Path(scratch))
             n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
             for budget, memory in budgets(n_bytes).items():
+                if options.budgets and budget not in options.budgets:
+                    continue
                 rows.append(
                     row(name, budget, folder=folder, store=folder.with_name(f"{folder.name}-store"), memory=memory)
                 )
@@ -129,7 +132,7 @@ def predict(folder: Path, *, store: Path, arguments: dict[str, Any]) -> dict[str
     command = [sys.executable, "-m", "zo2trl", "plan", str(folder), "--store_dir", str(store), "--use_cpu", "--json",
                *options]  # fmt: skip
     ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(ended.stdout)
+    return {**json.loads(ended.stdout), "model": folder.name}
 
 
 class Stopwatch(TrainerCallback):

@@ -16,6 +16,7 @@ from tests.support.models import SPECIAL, VOCABULARY
 from tests.support.tokenizer import tiny_tokenizer
 from zo2trl import ZOSFTConfig, ZOSFTTrainer, cli
 from zo2trl.cli import plan as plan_command
+from zo2trl.engine import rehearsing
 from zo2trl.tiers import probe, rates
 
 SHAPE = {"per_device_train_batch_size": 2, "max_length": 16, "gradient_accumulation_steps": 2}
@@ -208,11 +209,12 @@ def test_the_machine_is_measured_once_and_again_when_asked(
 ) -> None:
     measured: list[Path] = []
 
-    def measure(device: torch.device, folder: Path) -> rates.MachineRates:
+    def measure(device: torch.device, folder: Path, *, march: rates.MarchCost) -> rates.MachineRates:
         measured.append(folder)
-        return replace(rates.typical_rates("cpu"), measured_at=1.7e9)
+        return replace(rates.typical_rates("cpu"), march=march, measured_at=1.7e9)
 
     monkeypatch.setattr(probe, "measure_rates", measure)
+    monkeypatch.setattr(rehearsing, "measure_marches", lambda device, folder: rates.typical_rates("cpu").march)
     command = ["plan", str(model), "--store_dir", str(tmp_path), "--use_cpu", "--max_length", "16"]
     for more, n_measured in ([], 1), ([], 1), (["--probe", "again"], 2), (["--probe", "never"], 2):
         assert cli.main([*command, *more]) == 0
@@ -245,7 +247,7 @@ def test_what_cannot_be_planned_is_one_line_at_once(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(probe, "measure_rates", lambda *_: pytest.fail("ten seconds for nothing"))
+    monkeypatch.setattr(rehearsing, "measure_marches", lambda *_: pytest.fail("ten seconds for nothing"))
     given = [str(model) if each == "MODEL" else each for each in arguments]
     assert cli.main(["plan", *given, "--use_cpu"]) == 2
     told = capsys.readouterr().err

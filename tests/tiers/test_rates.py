@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def test_rates_are_found_again_for_the_same_machine_and_no_other(tmp_path: Path) -> None:
     file, key = tmp_path / "cache" / "rates.json", identity(CPU, tmp_path)
-    known, other = replace(typical_rates("cpu"), measured_at=5.0), replace(typical_rates("cuda"), sync_s=1.0)
+    known, other = replace(typical_rates("cpu"), measured_at=5.0), replace(typical_rates("cuda"), disk_cpu_s=1.0)
     assert load_rates(key, file=file) is None
     save_rates(key, known, file=file)
     save_rates("another machine", other, file=file)
@@ -20,7 +20,9 @@ def test_rates_are_found_again_for_the_same_machine_and_no_other(tmp_path: Path)
     assert load_rates("a third", file=file) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"KEY": 3}', '{"KEY": {"flops": {}}}', "{", '{"KEY": {"sync_s": NaN}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"KEY": 3}', '{"KEY": {"flops": {}}}', "{", '{"KEY": {"disk_cpu_s": NaN}}']
+)
 def test_a_cache_that_makes_no_sense_is_measured_again(tmp_path: Path, text: str) -> None:
     file, key = tmp_path / "rates.json", identity(CPU, tmp_path)
     file.write_text(text.replace("KEY", key))
@@ -54,10 +56,17 @@ def test_a_probe_finds_positive_rates_and_leaves_nothing_behind(
     monkeypatch.setattr("zo2trl.tiers.probe.PART_S", 0.01)
     monkeypatch.setattr("zo2trl.tiers.probe.DRIVE_S", 0.05)
     monkeypatch.setattr("zo2trl.tiers.probe.MAX_FILE_BYTES", 32 << 20)
-    found = measure_rates(CPU, tmp_path)
+    march = typical_rates("cpu").march
+    found = measure_rates(CPU, tmp_path, march=march)
     numbers = [*found.flops.values(), found.moved_bytes, found.operation_s, found.upload_bytes, found.download_bytes]
-    numbers += [found.disk_read_bytes, found.disk_write_bytes, found.disk_cpu_s, found.sync_s, found.measured_at]
+    numbers += [found.disk_read_bytes, found.disk_write_bytes, found.disk_cpu_s, found.new_bytes, found.measured_at]
     numbers += [number for visit in found.visits.values() for number in (visit.alone_s, visit.pair_s)]
-    assert min(numbers) > 0
-    assert found.visit(dtype="float32", direction="rademacher", rounding="nearest").step_s >= 0
+    assert min(numbers) > 0 and found.march == march
+    visit = found.visit(dtype="float32", direction="rademacher", rounding="nearest")
+    assert visit.step_s >= 0 and visit.span_s >= 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_counts_as_products_where_it_was_not_measured() -> None:
+    rates = replace(typical_rates("cpu"), flops={"float32": 2.0, "bfloat16": 3.0, "bfloat16 attention": 1.0})
+    assert [rates.flops_of(f"{name} attention") for name in ("float32", "bfloat16", "float16")] == [2.0, 1.0, 1.0]

@@ -129,10 +129,12 @@ def _rates(args: Any, *, probe: str) -> "MachineRates":
     key = identity(args.device, args.store_path)
     found = None if probe == "again" else load_rates(key)
     if found is None and probe != "never":
+        from zo2trl.engine.rehearsing import measure_marches
         from zo2trl.tiers.probe import measure_rates
 
         print("Measuring this machine (about ten seconds, kept for later) ...", file=sys.stderr, flush=True)
-        found = measure_rates(args.device, args.store_path)
+        march = measure_marches(args.device, args.store_path)
+        found = measure_rates(args.device, args.store_path, march=march)
         try:
             save_rates(key, found)
         except (OSError, RuntimeError, StoreError) as error:

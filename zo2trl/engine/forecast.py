@@ -6,25 +6,31 @@ Invariant: bytes and places are those of the plan. Seconds, and what a process h
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from zo2trl.engine.opening import EngineOptions, Plan, n_probes, write_back_intervals
 from zo2trl.engine.workload import Workload
 from zo2trl.tiers.disk import CHECK_EVERY
-from zo2trl.tiers.layout import Unit
+from zo2trl.tiers.layout import Unit, VisitPoint
 from zo2trl.tiers.placement import TierName
 from zo2trl.tiers.rates import MachineRates, VisitCost
 from zo2trl.tiers.readers import PIECE_BYTES
+from zo2trl.tiers.ring import plan_regions
 from zo2trl.tiers.staging import N_PIECES_DOWN, N_PIECES_UP
+from zo2trl.zo.noise import TILE
 
 __all__ = ["Forecast", "Links", "Peaks", "forecast"]
 
 Bound = Literal["compute", "upload", "disk"]
 
 HOST_WORKING_BYTES = 50 << 20  # libraries' threads and packing buffers, noise, the allocator's slack
-WRITER_BYTES = 40 << 20  # versions of units on their way to files
+# A chunk of weights on a CPU (zo/rules.py: 1 Mi in fp32) as noise, exact, moved, as bits and rounded: the holes that
+# these leave are too small for a head's logits, which come before they are given back.
+VISITOR_BYTES = 5 * (4 << 20)
+WRITER_BYTES = 40 << 20  # versions of units on their way from a GPU to files
+PROBES_OF_A_DIRECTION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +130,19 @@ def forecast(
     n_marches, n_together = -(-n_micro_batches // per_march), min(n_passes, probes * per_march)
     links = _links(plan, every, on_cpu=on_cpu, n_marches=n_marches)
     forward_s = n_passes * _pass_s(workload, rates, on_cpu=on_cpu)
-    units = plan.layout.units
-    visit_s = sum(_visit_s(u, plan, every, options=options, rates=rates, n_marches=n_marches) for u in units)
-    visit_s += rates.sync_s
+    visit_s = _visits_s(plan, every, options=options, rates=rates, n_marches=n_marches)
+    march_s = rates.march.step_s + n_marches * _march_s(plan, rates, n_probes=probes)
+    n_files = sum(unit.is_trained for unit in _filed(plan, ())) / every.get("disk", 1)
     disk_s = links.disk_read / rates.disk_read_bytes + links.disk_written / rates.disk_write_bytes
+    disk_s += n_files * rates.march.file_s
     if on_cpu:  # the cores that compute also copy and check
-        visit_s += links.up / rates.upload_bytes + links.down / rates.download_bytes
+        visit_s += march_s + links.up / rates.upload_bytes + links.down / rates.download_bytes
         checked = links.disk_read * (1 if every.get("disk", 1) == 1 else 1 / CHECK_EVERY) + links.disk_written
         visit_s += checked * rates.disk_cpu_s / rates.cores
         upload_s = 0.0
-    else:
+    else:  # the device works while Python asks
+        asking_s = march_s + n_passes * workload.n_operations * rates.operation_s
+        visit_s = max(visit_s, asking_s - forward_s)
         upload_s = max(links.up / rates.upload_bytes, links.down / rates.download_bytes)
     lanes: dict[Bound, float] = {"compute": forward_s + visit_s, "upload": upload_s, "disk": disk_s}
     bound = max(lanes, key=lambda lane: lanes[lane])
@@ -145,15 +154,16 @@ def forecast(
         plan=plan, every=every, links=links, peaks=peaks, disk_written_first=first,
         forward_s=forward_s, visit_s=visit_s, upload_s=upload_s, disk_s=disk_s, tokens=tokens,
         step_s=lanes[bound], bound=bound,
-        hiding_tokens=max(round((moving_s - visit_s) / per_token_s), 0) if moving_s else 0,
+        hiding_tokens=max(round((moving_s - visit_s) / per_token_s), 0) if moving_s and forward_s else 0,
     )  # fmt: skip
 
 
 def _pass_s(workload: Workload, rates: MachineRates, *, on_cpu: bool) -> float:
-    working_s = sum(flops / rates.flops_of(dtype) for dtype, flops in workload.flops.items())
+    working_s = sum(flops / rates.flops_of(kind) for kind, flops in workload.flops.items())
     working_s += workload.moved_bytes / rates.moved_bytes
     asking_s = workload.n_operations * rates.operation_s
-    return working_s + asking_s if on_cpu else max(working_s, asking_s)
+    # A pass frees at its end more than the C library keeps, and the next one asks the system for it again.
+    return working_s + asking_s + workload.peak_bytes / rates.new_bytes if on_cpu else max(working_s, asking_s)
 
 
 def _links(plan: Plan, every: Mapping[TierName, int], *, on_cpu: bool, n_marches: int) -> Links:
@@ -170,41 +180,62 @@ def _links(plan: Plan, every: Mapping[TierName, int], *, on_cpu: bool, n_marches
     return Links(**{name: float(moved[name]) for name in ("up", "down", "disk_read", "disk_written")})
 
 
-def _visit_s(
-    unit: Unit,
-    plan: Plan,
-    every: Mapping[TierName, int],
-    *,
-    options: EngineOptions,
-    rates: MachineRates,
-    n_marches: int,
-) -> float:
-    """Perturbed copies of a unit's trainable weights, and the pending steps that they absorb first.
-
-    What one march stores at home, the next of the same step need not absorb again.
-    """
-    tier = plan.placement.tier_of[unit.index]
-    interval = every.get(tier, 1)
-    total_s = 0.0
-    for spec in unit.tensors:
-        if not spec.trainable:
-            continue
-        dtype = str(spec.dtype).removeprefix("torch.")
-        kept = "nearest" if spec.dtype.itemsize > 2 else options.rounding or "stochastic"
-        cost = rates.visit(dtype=dtype, direction=options.direction, rounding=kept)
-        pending = (interval + 1) / 2 * options.num_directions * (1 if interval == 1 else n_marches)
-        copies_s = n_marches * _copies_s(cost, plan, tier, interval=interval, options=options)
-        total_s += spec.numel * (copies_s + pending * cost.step_s)
+def _march_s(plan: Plan, rates: MachineRates, *, n_probes: int) -> float:
+    """Python of one march's visits."""
+    cost, total_s = rates.march, 0.0
+    for point, n_visits in _visited(plan):
+        is_streamed = any(plan.placement.tier_of[segment.unit.index] != "gpu" for segment in point.segments)
+        n_bound = sum(len(segment.tensors) for segment in point.segments) * n_probes / PROBES_OF_A_DIRECTION
+        visit_s = cost.streamed_visit_s if is_streamed else cost.resident_visit_s
+        total_s += n_visits * (visit_s + n_bound * cost.tensor_s)
     return total_s
 
 
-def _copies_s(cost: VisitCost, plan: Plan, tier: TierName, *, interval: int, options: EngineOptions) -> float:
-    """Both copies at once where there is memory for two; a streamed unit's last may take the place of its bytes."""
-    in_place = (interval - 1) / interval if tier != "gpu" else 0.0
-    last = in_place * cost.pair_s + (1 - in_place) * 2 * cost.alone_s
+def _visited(plan: Plan) -> Iterator[tuple[VisitPoint, int]]:
+    """What a march visits, and how often: what is outside the blocks is wanted before and behind every stack."""
+    for point in plan.layout.points:
+        yield point, 1 if point.index else 1 + len(plan.layout.stack_ends)
+
+
+def _visits_s(
+    plan: Plan, every: Mapping[TierName, int], *, options: EngineOptions, rates: MachineRates, n_marches: int
+) -> float:
+    """Perturbed copies of trainable weights, and the pending steps that they absorb first.
+
+    What one march stores at home, the next of the same step need not absorb again.
+    """
+    n_copied: Counter[int] = Counter()  # segment -> visits
+    for point, n_visits in _visited(plan):
+        n_copied.update({segment.index: n_marches * n_visits for segment in point.segments})
+    total_s = 0.0
+    for segment in plan.layout.segments:
+        tier = plan.placement.tier_of[segment.unit.index]
+        interval = every.get(tier, 1)
+        n_pending = (interval + 1) / 2 * options.num_directions * (1 if interval == 1 else n_marches)
+        for number, span in enumerate(segment.spans):
+            kept = "nearest" if span.dtype.itemsize > 2 else options.rounding or "stochastic"
+            dtype = str(span.dtype).removeprefix("torch.")
+            cost = rates.visit(dtype=dtype, direction=options.direction, rounding=kept)
+            made_s, n_draws = _copies(cost, plan, tier, interval=interval, options=options)
+            n, beside_s = len(span.tiles) * TILE, cost.span_s if number else 0.0  # a visit's own cost has the first
+            total_s += n_copied[segment.index] * (n * made_s + n_draws * beside_s)
+            total_s += n_pending * (n * cost.step_s + beside_s)
+    return total_s
+
+
+def _copies(
+    cost: VisitCost, plan: Plan, tier: TierName, *, interval: int, options: EngineOptions
+) -> tuple[float, float]:
+    """Seconds per weight of all copies of one visit, and the times that a direction is drawn for them.
+
+    Both copies are made at once where there is memory for two; a streamed unit's last may take the place of its bytes.
+    """
     if plan.placement.scratch_copies > 1:
-        return options.num_directions * cost.pair_s
-    return (options.num_directions - 1) * 2 * cost.alone_s + last
+        return options.num_directions * cost.pair_s, options.num_directions
+    in_place = (interval - 1) / interval if tier != "gpu" else 0.0
+    others = 2 * (options.num_directions - 1)
+    last_s = in_place * cost.pair_s + (1 - in_place) * 2 * cost.alone_s
+    return others * cost.alone_s + last_s, others + in_place + (1 - in_place) * 2
 
 
 def _filed(plan: Plan, copied: Collection[int]) -> list[Unit]:
@@ -220,13 +251,20 @@ def _peaks(
     on_disk = [unit.n_bytes for unit in units if placement.tier_of[unit.index] == "disk"]
     filed = _filed(plan, copied)
     device = placement.device_bytes + workload.activation_bytes(n_passes=n_passes)
-    host = process_bytes + HOST_WORKING_BYTES + placement.cpu_bytes + (WRITER_BYTES if on_disk else 0)
+    host = process_bytes + HOST_WORKING_BYTES + placement.cpu_bytes
     return Peaks(
         device=device,
         pinned=0 if on_cpu else placement.cpu_bytes + _staging_bytes(plan, on_disk),
-        host=host + (device if on_cpu else 0),
+        host=host + (device - _untouched_bytes(plan) + VISITOR_BYTES if on_cpu else WRITER_BYTES if on_disk else 0),
         disk=sum(u.n_bytes for u in filed) + max((u.n_bytes for u in filed if u.is_trained), default=0),
     )
+
+
+def _untouched_bytes(plan: Plan) -> int:
+    """Of the ring: what segments of its sizes never reach. Pages that nobody writes to are never there."""
+    streamed = [s for p in plan.layout.points for s in p.segments if plan.placement.tier_of[s.unit.index] != "gpu"]
+    regions = plan_regions(streamed, plan.placement.ring_bytes).values()
+    return plan.placement.ring_bytes - max((region.stop for region in regions), default=0)
 
 
 def _staging_bytes(plan: Plan, on_disk: Sequence[int]) -> int:

@@ -30,7 +30,7 @@ class Workload:
     """One pass over one micro-batch.
 
     Attributes:
-        flops: of matrix products and attention, by the name of their dtype.
+        flops: of matrix products by the name of their dtype, and of fused attention as "<dtype> attention".
         moved_bytes: read and written by all other operations.
         n_operations: how many there are in all.
         held_bytes: alive between two blocks: what a suspended pass holds.
@@ -142,7 +142,7 @@ class _Counting(TorchDispatchMode):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         rows, width = math.prod(query.shape[:-1]), query.shape[-1] + value.shape[-1]
-        self.flops[_dtype_name(query.dtype)] += 2 * rows * key.shape[-2] * width
+        self.flops[f"{_dtype_name(query.dtype)} attention"] += 2 * rows * key.shape[-2] * width
 
     def _note(self, tensor: torch.Tensor, *, is_new: bool, is_written: bool) -> None:
         """Memory counts from when it is written, and as much of it as is: what is only reserved takes no pages."""

@@ -4,7 +4,7 @@ Does not: keep what it finds (rates.py), or train anything.
 Invariant: what is measured is the code that a step runs, on memory of its own; nothing outlives the call.
 """
 
-import math
+import statistics
 import tempfile
 import time
 import zlib
@@ -17,7 +17,7 @@ import torch
 
 from zo2trl.tiers.cpu import pin, unpin
 from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.rates import MachineRates, VisitCost
+from zo2trl.tiers.rates import MachineRates, MarchCost, VisitCost
 from zo2trl.tiers.readers import N_READERS, PIECE_BYTES, aligned_bytes
 from zo2trl.zo.noise import TILE, TileMap, make_noise
 from zo2trl.zo.records import StepRecord
@@ -28,6 +28,7 @@ __all__ = ["measure_rates"]
 PART_S = 0.15  # for each of some twenty measurements
 MAX_FILE_BYTES = 512 << 20
 DRIVE_S = 1.5  # for writing, and again for reading
+N_PENDING = 2  # steps that a visit absorbs
 _RECORD = StepRecord(
     step=1, seed=1, projected_grads=(0.1,), learning_rate=1e-6, weight_decay=0.0, zo_eps=1e-3, loss_plus=1.0,
     loss_minus=1.0, grad_norm=0.1,
@@ -37,19 +38,23 @@ _KINDS: tuple[tuple[torch.dtype, Rounding], ...] = (
 )  # fmt: skip
 
 
-def measure_rates(device: torch.device, store_dir: Path, *, fs: FS = LOCAL) -> MachineRates:
+def measure_rates(device: torch.device, store_dir: Path, *, march: MarchCost, fs: FS = LOCAL) -> MachineRates:
     """Measure; the folder (or its nearest parent that exists) says which drive.
+
+    Args:
+        march: is measured higher up (engine/rehearsing.py).
 
     Raises:
         StoreError: the folder cannot be written to.
     """
     folder = next(path for path in (store_dir.absolute(), *store_dir.absolute().parents) if path.exists())
     up, down = _copy_rates(device)
-    read, write, cpu_s, sync_s = _drive_rates(folder, fs=fs)
+    read, write, cpu_s = _drive_rates(folder, fs=fs)
     with torch.no_grad():
         return MachineRates(
-            flops={_name(dtype): _flops(device, dtype) for dtype, _ in _KINDS},
-            moved_bytes=_moved_bytes(device),
+            flops={_name(dtype): _flops(device, dtype) for dtype, _ in _KINDS}
+            | {f"{_name(dtype)} attention": _attention_flops(device, dtype) for dtype, _ in _KINDS},
+            moved_bytes=_moved_bytes(device), new_bytes=_new_bytes(),
             operation_s=_operation_s(device),
             visits={
                 f"{_name(dtype)} {direction} {rounding}": _visit(device, dtype, direction, rounding=rounding)
@@ -57,7 +62,7 @@ def measure_rates(device: torch.device, store_dir: Path, *, fs: FS = LOCAL) -> M
                 for direction in ("rademacher", "gaussian")
             },
             upload_bytes=up, download_bytes=down, disk_read_bytes=read, disk_write_bytes=write, disk_cpu_s=cpu_s,
-            sync_s=sync_s, cores=torch.get_num_threads(), measured_at=time.time(),
+            march=march, cores=torch.get_num_threads(), measured_at=time.time(),
         )  # fmt: skip
 
 
@@ -66,8 +71,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, *, for_s: float = PART_S) -> float:
-    """Wall time of one call: the shortest, because what else the machine does only ever adds to it."""
-    shortest_s = math.inf
+    """Wall time of one call: the mean, for a step takes each as it comes, also those that had to wait for a thread."""
+    found: list[float] = []
     work()
     ends_s = time.perf_counter() + for_s
     for number in range(1000):
@@ -75,10 +80,10 @@ def _seconds(work: Callable[[], object], device: torch.device, *, for_s: float =
         started_s = time.perf_counter()
         work()
         _wait(device)
-        shortest_s = min(shortest_s, time.perf_counter() - started_s)
+        found.append(time.perf_counter() - started_s)
         if number and time.perf_counter() > ends_s:
             break
-    return shortest_s
+    return statistics.mean(found)
 
 
 def _wait(device: torch.device) -> None:
@@ -91,6 +96,22 @@ def _flops(device: torch.device, dtype: torch.dtype) -> float:
     x = torch.randn(rows, width, device=device).to(dtype)
     w = torch.randn(width, width, device=device).to(dtype)
     return 2 * rows * width * width / _seconds(lambda: torch.nn.functional.linear(x, w), device)
+
+
+def _attention_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Counted as workload.py does: every score, whether or not it is masked."""
+    rows, heads, length, width = (2, 16, 256, 64) if device.type == "cpu" else (8, 32, 1024, 128)
+    x = torch.randn(rows, heads, length, width, device=device).to(dtype)
+    seconds = _seconds(lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True), device)
+    return 4 * rows * heads * length * length * width / seconds
+
+
+def _new_bytes() -> float:
+    """The first touch of every page, of pieces that no allocator keeps for the next one."""
+    cpu, n_bytes = torch.device("cpu"), 64 << 20
+    again = torch.zeros(n_bytes, dtype=torch.uint8)
+    new_s = _seconds(lambda: torch.empty(n_bytes, dtype=torch.uint8).fill_(1), cpu)
+    return n_bytes / max(new_s - _seconds(lambda: again.fill_(1), cpu), 1e-9)
 
 
 def _moved_bytes(device: torch.device) -> float:
@@ -108,7 +129,21 @@ def _operation_s(device: torch.device) -> float:
 
 
 def _visit(device: torch.device, dtype: torch.dtype, direction: str, *, rounding: Rounding) -> VisitCost:
-    n = TILE * ((1 << 8) if device.type == "cpu" else (1 << 14))
+    few, many = (TILE * n for n in ((1, 1 << 10) if device.type == "cpu" else (1, 1 << 14)))
+    alone_s, pair_s, steps_s = _visits_s(device, dtype, direction, rounding=rounding, n=many)
+    *_, small_s = _visits_s(device, dtype, direction, rounding=rounding, n=few)
+    n_draws = 1 + N_PENDING
+    step_s = max((steps_s - pair_s) / N_PENDING / many, 0.0)
+    return VisitCost(
+        alone_s=alone_s / many, pair_s=pair_s / many, step_s=step_s,
+        span_s=max(small_s - few * (pair_s / many + N_PENDING * step_s), 0.0) / n_draws,
+    )  # fmt: skip
+
+
+def _visits_s(
+    device: torch.device, dtype: torch.dtype, direction: str, *, rounding: Rounding, n: int
+) -> tuple[float, float, float]:
+    """Seconds of a visit to `n` weights: one copy, both, and both with pending steps."""
     rule = UpdateRule(noise=make_noise(direction), rounding=rounding)
     span = Span(dtype=dtype, byte_start=0, tiles=TileMap.for_tensors([(0, n)]), decays=False)
     weights, *copies = (torch.zeros(n * dtype.itemsize, dtype=torch.uint8, device=device) for _ in range(3))
@@ -116,16 +151,15 @@ def _visit(device: torch.device, dtype: torch.dtype, direction: str, *, rounding
     def seconds(n_probes: int, n_steps: int) -> float:
         probes = [Displaced(1, 1e-3, copy) for copy in copies[:n_probes]]
         return _seconds(
-            lambda: rule.visit(weights, [span], [_RECORD] * n_steps, probes=probes), device, for_s=PART_S / 4
-        ) / n  # fmt: skip
+            lambda: rule.visit(weights, [span], [_RECORD] * n_steps, probes=probes), device
+        )  # fmt: skip
 
-    pair_s = seconds(2, 0)
-    return VisitCost(alone_s=seconds(1, 0), pair_s=pair_s, step_s=max((seconds(2, 2) - pair_s) / 2, 0.0))
+    return seconds(1, 0), seconds(2, 0), seconds(2, N_PENDING)
 
 
 def _copy_rates(device: torch.device) -> tuple[float, float]:
     """Up and down, bytes per second; on a CPU-only machine both are copies within host memory."""
-    n_bytes = (32 << 20) if device.type == "cpu" else (256 << 20)
+    n_bytes = (128 << 20) if device.type == "cpu" else (256 << 20)  # more than a processor's cache
     host = aligned_bytes(n_bytes)
     there = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
     if device.type == "cuda":
@@ -139,8 +173,8 @@ def _copy_rates(device: torch.device) -> tuple[float, float]:
     return n_bytes / up_s, n_bytes / down_s
 
 
-def _drive_rates(folder: Path, *, fs: FS) -> tuple[float, float, float, float]:
-    """Bytes per second read and written, seconds of a core per byte read and checked, seconds of one sync."""
+def _drive_rates(folder: Path, *, fs: FS) -> tuple[float, float, float]:
+    """Bytes per second read and written, seconds of a core per byte read and checked."""
     n_bytes = min(MAX_FILE_BYTES, fs.free_bytes(folder) // 4) // PIECE_BYTES * PIECE_BYTES
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix=".zo2trl-probe-") as scratch,
@@ -155,7 +189,7 @@ def _drive_rates(folder: Path, *, fs: FS) -> tuple[float, float, float, float]:
         fs.sync_data(fd)
         write = max(n_written, 1) / (time.perf_counter() - started_s)
         read, cpu_s = _read_rate(path, fd, n_written, fs=fs)
-        return read, write, cpu_s, _sync_s(fd, piece, fs=fs)
+        return read, write, cpu_s
 
 
 @contextmanager
@@ -189,13 +223,3 @@ def _read_rate(path: Path, fd: int, n_bytes: int, *, fs: FS) -> tuple[float, flo
         if direct is not None:
             fs.close(direct)
     return sum(sizes) / seconds, cpu_s / max(sum(sizes), 1)
-
-
-def _sync_s(fd: int, piece: torch.Tensor, *, fs: FS) -> float:
-    record = piece[:64].numpy().data
-
-    def append() -> None:
-        fs.write_at(fd, record, 0)
-        fs.sync_data(fd)
-
-    return _seconds(append, torch.device("cpu"), for_s=PART_S)

@@ -19,14 +19,23 @@ from zo2trl.errors import ZO2TRLError
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.strict_json import read_json, write_json
 
-__all__ = ["MachineRates", "VisitCost", "cache_file", "identity", "load_rates", "save_rates", "typical_rates"]
+__all__ = [
+    "MachineRates",
+    "MarchCost",
+    "VisitCost",
+    "cache_file",
+    "identity",
+    "load_rates",
+    "save_rates",
+    "typical_rates",
+]
 
 MAX_CACHE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisitCost:
-    """Seconds per weight of what a visit does, for one dtype, direction and rounding."""
+    """Seconds of what a visit does, per weight if not said otherwise, for one dtype, direction and rounding."""
 
     alone_s: float
     """One perturbed copy is made from clean weights."""
@@ -34,6 +43,23 @@ class VisitCost:
     """Both copies of a direction are made in one pass."""
     step_s: float
     """One more pending step is absorbed in that pass."""
+    span_s: float = 0.0
+    """For each span of weights and each direction drawn, whatever its size. (`MarchCost` has a visit's first span.)"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MarchCost:
+    """Seconds of what leads from one visit to the next, beside passes and arithmetic on weights: Python, mostly."""
+
+    resident_visit_s: float
+    streamed_visit_s: float
+    """With a slot of the ring, a fetch and a write-back."""
+    tensor_s: float
+    """For each tensor that a visit binds."""
+    file_s: float
+    """Making one new version of a unit on disk durable, whatever its size."""
+    step_s: float
+    """For a step, beside its visits: collecting losses, the journal, the ends of the march."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +67,22 @@ class MachineRates:
     """One machine, one drive.
 
     Attributes:
-        flops: of matrix products, by the name of their dtype.
+        flops: of matrix products by the name of their dtype, and of fused attention as "<dtype> attention".
         moved_bytes: read and written by element-wise operations, per second.
+        new_bytes: of memory that the system gives a process, page by page, per second.
         operation_s: what asking for one operation costs.
         visits: "dtype direction rounding" -> what a visit costs per weight.
         upload_bytes, download_bytes: between host memory and the device, per second.
         disk_read_bytes, disk_write_bytes: of the drive, per second.
         disk_cpu_s: seconds of one core that a byte from the drive costs, checksum included.
+        march: what a march costs beside all that.
         cores: that computing shares with copies and checksums.
-        sync_s: what making a step's record durable takes.
         measured_at: seconds since the epoch; 0 for rates that were not measured on this machine.
     """
 
     flops: Mapping[str, float]
     moved_bytes: float
+    new_bytes: float
     operation_s: float
     visits: Mapping[str, VisitCost]
     upload_bytes: float
@@ -62,7 +90,7 @@ class MachineRates:
     disk_read_bytes: float
     disk_write_bytes: float
     disk_cpu_s: float
-    sync_s: float
+    march: MarchCost
     cores: int = 1
     measured_at: float = 0.0
 
@@ -76,9 +104,9 @@ class MachineRates:
         found = self.visits.get(f"{dtype} {direction} {rounding}")
         return found or max(self.visits.values(), key=lambda visit: visit.pair_s)
 
-    def flops_of(self, dtype: str) -> float:
-        """Of one dtype; of the slowest that is known where that one was not measured."""
-        return self.flops.get(dtype) or min(self.flops.values())
+    def flops_of(self, kind: str) -> float:
+        """Of a dtype's products or attention; of the nearest that was measured where these were not."""
+        return self.flops.get(kind) or self.flops.get(kind.removesuffix(" attention")) or min(self.flops.values())
 
 
 def cache_file() -> Path:
@@ -128,6 +156,7 @@ def save_rates(key: str, rates: MachineRates, *, file: Path | None = None, fs: F
 def _from_table(table: Any) -> MachineRates:
     values = {each.name: table[each.name] for each in fields(MachineRates)}
     values["visits"] = {name: VisitCost(**visit) for name, visit in values["visits"].items()}
+    values["march"] = MarchCost(**values["march"])
     rates = MachineRates(**values)
     if min(*rates.flops.values(), rates.moved_bytes, rates.upload_bytes, rates.disk_read_bytes) <= 0:
         raise ValueError("rates must be positive")
@@ -141,21 +170,21 @@ def typical_rates(device_type: str) -> MachineRates:
 
 # docs/performance.md, one visit's kernel on a block of 314.6 M weights. pace.py has its own rates of the same machine.
 _H200 = MachineRates(
-    flops={"bfloat16": 6e14, "float16": 6e14, "float32": 4e13}, moved_bytes=4e12, operation_s=6e-6,
+    flops={"bfloat16": 6e14, "float16": 6e14, "float32": 4e13}, moved_bytes=4e12, new_bytes=5e9, operation_s=6e-6,
     visits={
         "bfloat16 rademacher stochastic": VisitCost(alone_s=1.0e-12, pair_s=1.49e-12, step_s=0.6e-12),
         "bfloat16 gaussian stochastic": VisitCost(alone_s=1.2e-12, pair_s=1.49e-12, step_s=1.1e-12),
         "float32 rademacher nearest": VisitCost(alone_s=2.0e-12, pair_s=3.0e-12, step_s=0.5e-12),
     },
     upload_bytes=55e9, download_bytes=50e9, disk_read_bytes=2.9e9, disk_write_bytes=0.94e9, disk_cpu_s=2e-10,
-    sync_s=1e-3, cores=16,
+    march=MarchCost(resident_visit_s=2e-4, streamed_visit_s=4e-4, tensor_s=5e-6, file_s=1e-3, step_s=3e-3), cores=16,
 )  # fmt: skip
 _TWO_CORES = MachineRates(
-    flops={"float32": 1.5e11, "bfloat16": 1.5e11}, moved_bytes=4e10, operation_s=1e-5,
+    flops={"float32": 1.5e11, "bfloat16": 1.5e11}, moved_bytes=4e10, new_bytes=4e9, operation_s=1e-5,
     visits={
-        "float32 rademacher nearest": VisitCost(alone_s=6e-10, pair_s=1e-9, step_s=1e-9),
-        "bfloat16 rademacher stochastic": VisitCost(alone_s=1e-9, pair_s=1.5e-9, step_s=4e-9),
+        "float32 rademacher nearest": VisitCost(alone_s=6e-10, pair_s=1e-9, step_s=1e-9, span_s=1e-4),
+        "bfloat16 rademacher stochastic": VisitCost(alone_s=1e-9, pair_s=1.5e-9, step_s=4e-9, span_s=1.5e-4),
     },
-    upload_bytes=1e10, download_bytes=1e10, disk_read_bytes=1e9, disk_write_bytes=0.5e9, disk_cpu_s=1e-9, sync_s=3e-3,
-    cores=2,
+    upload_bytes=1e10, download_bytes=1e10, disk_read_bytes=1e9, disk_write_bytes=0.5e9, disk_cpu_s=1e-9,
+    march=MarchCost(resident_visit_s=2e-4, streamed_visit_s=5e-4, tensor_s=5e-6, file_s=2e-3, step_s=5e-3), cores=2,
 )  # fmt: skip

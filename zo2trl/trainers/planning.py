@@ -5,10 +5,10 @@ Does not: load weights, open a store, or decide anything that the trainer decide
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, Trainer
 from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config
@@ -84,7 +84,7 @@ def plan_training(
     make_fake(model, mode=mode)
     with mode:
         ids = torch.zeros(shape, dtype=torch.long)
-    options = _options(args)
+    options = replace(_options(args), decay_names=_decay_names(model))
     plan = plan_engine(model, options)
     n_probes, n_micro_batches = 2 * args.num_directions, args.gradient_accumulation_steps
     inputs = {"input_ids": ids}
@@ -179,6 +179,11 @@ def _room(plan: Plan, options: EngineOptions) -> int | None:
     """Bytes of the device that weights can leave to activations, as `DeviceFit` counts them."""
     device = options.budgets.device
     return None if device == "min" else device - smallest_device_budget(plan.layout)
+
+
+def _decay_names(model: torch.nn.Module) -> list[str]:
+    """What weight decay applies to, as the Trainer has it: weights that lie between others are visited one by one."""
+    return Trainer.get_decay_parameter_names(cast(Any, None), model)
 
 
 def _options(args: Any) -> EngineOptions:

@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from zo2trl.engine.activations import n_tokens
 from zo2trl.engine.fitting import DeviceFit
+from zo2trl.tiers.heap import give_back_free_pages
 from zo2trl.trainers.announcing import announce
 from zo2trl.trainers.metrics import StepMetrics
 from zo2trl.trainers.objective_mixin import ObjectiveMixin
@@ -113,6 +114,8 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
     def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         with self.compute_loss_context_manager():
             loss: Any = self.compute_step_loss(model, dict(inputs), num_items_in_batch)
+        if self.args.device.type == "cpu":  # or every pass would leave holes of its own, until they all count
+            give_back_free_pages()
         return loss.mean() / self._scaling.divisor(self, num_items_in_batch)
 
     @contextmanager
