@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm.std import tqdm
 
 Report = Callable[[Any], None]
 PATIENCE_S = 10.0
@@ -42,13 +44,18 @@ class NotPermitted(Exception):
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """torch without threads of its own: forked children may compute."""
-    before = torch.get_num_threads()
+    """torch without threads of its own, progress bars with a lock of their own: forked children may compute.
+
+    tqdm's lock is shared between processes. A child that is killed while it holds it would keep it for ever.
+    """
+    threads_before, lock_before = torch.get_num_threads(), tqdm.get_lock()
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        tqdm.set_lock(lock_before)
+        torch.set_num_threads(threads_before)
 
 
 @pytest.fixture(autouse=True)
