@@ -223,6 +223,16 @@ def test_the_machine_is_measured_once_and_again_when_asked(
     assert "bound by" in told and "Rates measured" in told and "weights live" in told
 
 
+@pytest.mark.parametrize("arguments", [["--probe", "sometimes"], ["--learning_rate", "fast"], ["--seed"]], ids=str)
+def test_a_badly_typed_value_is_told_without_all_arguments_there_are(
+    arguments: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(model), *arguments])
+    usage, told = capsys.readouterr().err.splitlines()
+    assert "--help lists them" in usage and arguments[0] in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -238,6 +248,8 @@ def test_the_machine_is_measured_once_and_again_when_asked(
         (["MODEL", "other"], "`other` belongs to no option"),
         (["MODEL", "--objective", "squad_f1", "--objective_max_new_tokens", "32"], "cannot foresee `objective`"),
         (["MODEL", "--load_in_4bit", "--use_peft"], "cannot foresee a quantised base"),
+        (["MODEL", "--max_length", "-5"], "`max_length` is -5"),
+        (["MODEL", "--per_device_train_batch_size", "0"], "`per_device_train_batch_size` is 0"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line_at_once(

@@ -1,10 +1,12 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from zo2trl.tiers.probe import measure_rates
+from zo2trl.errors import StoreError
+from zo2trl.tiers.probe import measure_rates, scratch_on_drive
 from zo2trl.tiers.rates import cache_file, identity, load_rates, save_rates, typical_rates
 
 CPU = torch.device("cpu")
@@ -29,6 +31,32 @@ def test_a_cache_that_makes_no_sense_is_measured_again(tmp_path: Path, text: str
     assert load_rates(key, file=file) is None
     save_rates(key, typical_rates("cpu"), file=file)
     assert load_rates(key, file=file) == typical_rates("cpu")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"visits": {}}, {"flops": {}}, {"new_bytes": None}, {"disk_write_bytes": 0}, {"operation_s": "1"},
+        {"visits": {"float32 rademacher nearest": {"alone_s": 1.0, "pair_s": "2", "step_s": 1.0, "span_s": 0.0}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rates_that_nothing_can_be_divided_by_are_measured_again(tmp_path: Path, damage: dict) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps({"key": {**asdict(typical_rates("cpu")), **damage}}))
+    assert load_rates("key", file=file) is None
+
+
+def test_a_file_in_the_stores_place_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for store in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises(StoreError, match="A part of the path is a file"):
+            identity(CPU, store)
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_refused_by_name() -> None:
+    with pytest.raises(StoreError, match="Cannot write to /proc"), scratch_on_drive(Path("/proc/store")):
+        raise AssertionError("nobody can make a folder there")
 
 
 def test_a_cache_that_nobody_may_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ Invariant: what is measured is an engine's own step, from lending to the journal
 """
 
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.step import Engine
 from zo2trl.tiers.placement import Budgets, TierName
+from zo2trl.tiers.probe import scratch_on_drive
 from zo2trl.tiers.rates import MarchCost
 
 __all__ = ["measure_marches"]
@@ -58,10 +58,9 @@ def measure_marches(device: torch.device, store_dir: Path) -> MarchCost:
     Raises:
         StoreError: the folder cannot be written to.
     """
-    folder = next(path for path in (store_dir.absolute(), *store_dir.absolute().parents) if path.exists())
 
     def step_s(tier: TierName, n_blocks: int, *, n_tensors: int = 1) -> float:
-        return _step_s(_Chain(n_blocks, n_tensors), device, folder, tier=tier)
+        return _step_s(_Chain(n_blocks, n_tensors), device, store_dir, tier=tier)
 
     def visit_s(tier: TierName) -> float:
         return (step_s(tier, MANY_BLOCKS) - step_s(tier, FEW_BLOCKS)) / (MANY_BLOCKS - FEW_BLOCKS)
@@ -76,13 +75,13 @@ def measure_marches(device: torch.device, store_dir: Path) -> MarchCost:
     )  # fmt: skip
 
 
-def _step_s(model: nn.Module, device: torch.device, folder: Path, *, tier: TierName) -> float:
+def _step_s(model: nn.Module, device: torch.device, store_dir: Path, *, tier: TierName) -> float:
     """Of the usual one: the median of some."""
     plenty = 1 << 40
     budgets = Budgets(device=plenty if tier == "gpu" else "min", cpu=plenty if tier == "cpu" else 0)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".zo2trl-probe-") as scratch:
+    with scratch_on_drive(store_dir) as scratch:
         options = EngineOptions(
-            budgets=budgets, device=device, store_dir=Path(scratch) / "store", seed=0, granularity="block",
+            budgets=budgets, device=device, store_dir=scratch / "store", seed=0, granularity="block",
             write_back_every=1,
         )  # fmt: skip
         engine = open_engine(model, options)

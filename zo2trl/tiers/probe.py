@@ -10,20 +10,21 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from zo2trl.tiers.cpu import pin, unpin
 from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.rates import MachineRates, MarchCost, VisitCost
+from zo2trl.tiers.os_errors import naming
+from zo2trl.tiers.rates import MachineRates, MarchCost, VisitCost, drive_folder
 from zo2trl.tiers.readers import N_READERS, PIECE_BYTES, aligned_bytes
 from zo2trl.zo.noise import TILE, TileMap, make_noise
 from zo2trl.zo.records import StepRecord
 from zo2trl.zo.rules import Displaced, Rounding, Span, UpdateRule
 
-__all__ = ["measure_rates"]
+__all__ = ["measure_rates", "scratch_on_drive"]
 
 PART_S = 0.15  # for each of some twenty measurements
 MAX_FILE_BYTES = 512 << 20
@@ -47,9 +48,8 @@ def measure_rates(device: torch.device, store_dir: Path, *, march: MarchCost, fs
     Raises:
         StoreError: the folder cannot be written to.
     """
-    folder = next(path for path in (store_dir.absolute(), *store_dir.absolute().parents) if path.exists())
     up, down = _copy_rates(device)
-    read, write, cpu_s = _drive_rates(folder, fs=fs)
+    read, write, cpu_s = _drive_rates(store_dir, fs=fs)
     with torch.no_grad():
         return MachineRates(
             flops={_name(dtype): _flops(device, dtype) for dtype, _ in _KINDS}
@@ -64,6 +64,20 @@ def measure_rates(device: torch.device, store_dir: Path, *, march: MarchCost, fs
             upload_bytes=up, download_bytes=down, disk_read_bytes=read, disk_write_bytes=write, disk_cpu_s=cpu_s,
             march=march, cores=torch.get_num_threads(), measured_at=time.time(),
         )  # fmt: skip
+
+
+@contextmanager
+def scratch_on_drive(store_dir: Path) -> Iterator[Path]:
+    """A folder that is gone after the block, on the drive of a store.
+
+    Raises:
+        StoreError: nothing can be made there.
+    """
+    folder = drive_folder(store_dir)
+    with ExitStack() as until_then:
+        with naming("write to", folder):
+            scratch = until_then.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".zo2trl-probe-"))
+        yield Path(scratch)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -173,12 +187,12 @@ def _copy_rates(device: torch.device) -> tuple[float, float]:
     return n_bytes / up_s, n_bytes / down_s
 
 
-def _drive_rates(folder: Path, *, fs: FS) -> tuple[float, float, float]:
+def _drive_rates(store_dir: Path, *, fs: FS) -> tuple[float, float, float]:
     """Bytes per second read and written, seconds of a core per byte read and checked."""
-    n_bytes = min(MAX_FILE_BYTES, fs.free_bytes(folder) // 4) // PIECE_BYTES * PIECE_BYTES
+    n_bytes = min(MAX_FILE_BYTES, fs.free_bytes(drive_folder(store_dir)) // 4) // PIECE_BYTES * PIECE_BYTES
     with (
-        tempfile.TemporaryDirectory(dir=folder, prefix=".zo2trl-probe-") as scratch,
-        _file(Path(scratch) / "bytes", max(n_bytes, PIECE_BYTES), fs=fs) as (path, fd),
+        scratch_on_drive(store_dir) as scratch,
+        _file(scratch / "bytes", max(n_bytes, PIECE_BYTES), fs=fs) as (path, fd),
     ):
         piece = aligned_bytes(PIECE_BYTES)
         piece.random_(0, 256)

@@ -4,10 +4,12 @@ Does not: measure, or decide anything.
 Invariant: rates are taken from the file only for the machine, software and drive that they were measured on.
 """
 
+import errno
+import math
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 
 from zo2trl.errors import ZO2TRLError
 from zo2trl.tiers.fs import FS, LOCAL
+from zo2trl.tiers.os_errors import naming
 from zo2trl.tiers.strict_json import read_json, write_json
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "MarchCost",
     "VisitCost",
     "cache_file",
+    "drive_folder",
     "identity",
     "load_rates",
     "save_rates",
@@ -114,9 +118,23 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zo2trl" / "rates.json"
 
 
+def drive_folder(store_dir: Path) -> Path:
+    """The folder, or its nearest parent that exists: it says which drive.
+
+    Raises:
+        StoreError: that is a file.
+    """
+    path = store_dir.absolute()
+    found = next(path for path in (path, *path.parents) if path.exists())
+    with naming("make the folder", store_dir):
+        if not found.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(found))
+    return found
+
+
 def identity(device: torch.device, store_dir: Path) -> str:
     """What rates hold for: processor, GPU (else the number of threads), torch, and the file system of a folder."""
-    folder = next(path for path in (store_dir.absolute(), *store_dir.absolute().parents) if path.exists())
+    folder = drive_folder(store_dir)
     on_gpu = device.type == "cuda"
     computing = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
     parts = (
@@ -155,12 +173,27 @@ def save_rates(key: str, rates: MachineRates, *, file: Path | None = None, fs: F
 
 def _from_table(table: Any) -> MachineRates:
     values = {each.name: table[each.name] for each in fields(MachineRates)}
+    if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in _numbers(values)):
+        raise ValueError("rates are numbers")
     values["visits"] = {name: VisitCost(**visit) for name, visit in values["visits"].items()}
     values["march"] = MarchCost(**values["march"])
     rates = MachineRates(**values)
-    if min(*rates.flops.values(), rates.moved_bytes, rates.upload_bytes, rates.disk_read_bytes) <= 0:
+    per_second = (
+        *rates.flops.values(), rates.moved_bytes, rates.new_bytes, rates.upload_bytes, rates.download_bytes,
+        rates.disk_read_bytes, rates.disk_write_bytes, rates.cores,
+    )  # fmt: skip
+    if not rates.flops or not rates.visits or min(per_second) <= 0:
         raise ValueError("rates must be positive")
     return rates
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+    """All that is in tables in tables."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _numbers(each)
+    else:
+        yield value
 
 
 def typical_rates(device_type: str) -> MachineRates:

@@ -24,7 +24,7 @@ from zo2trl.tiers.machine import resolve_budgets
 from zo2trl.tiers.placement import smallest_device_budget
 from zo2trl.tiers.rates import MachineRates
 from zo2trl.trainers.objectives import find_objective
-from zo2trl.trainers.scripts import ZOModelConfig, model_init_kwargs, refuse_no_model
+from zo2trl.trainers.scripts import USAGE, ZOModelConfig, model_init_kwargs, refuse_no_model
 from zo2trl.trainers.sft_trainer import ZOSFTConfig
 
 __all__ = ["Planned", "plan_parser", "plan_training"]
@@ -53,7 +53,7 @@ class Planned:
 def plan_parser(own: type) -> TrlParser:
     """A parser of `own`, and then of everything that `zo2trl sft` knows, so that its `--config` files can be read."""
     read: Any = (own, ScriptArguments, ZOSFTConfig, ZOModelConfig, DatasetMixtureConfig)
-    return TrlParser(read, prog="zo2trl plan", allow_abbrev=False)
+    return TrlParser(read, prog="zo2trl plan", usage=USAGE, allow_abbrev=False)
 
 
 def plan_training(
@@ -75,6 +75,7 @@ def plan_training(
         UnsupportedError: the base is quantised, or the objective generates text.
     """
     _refuse_generation(args)
+    _refuse_no_rows(args)
     config, there, dtype = _read_config(args, model_args)
     length = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
     shape = (args.per_device_train_batch_size, length)
@@ -179,6 +180,12 @@ def _room(plan: Plan, options: EngineOptions) -> int | None:
     """Bytes of the device that weights can leave to activations, as `DeviceFit` counts them."""
     device = options.budgets.device
     return None if device == "min" else device - smallest_device_budget(plan.layout)
+
+
+def _refuse_no_rows(args: Any) -> None:
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ConfigError(f"`{name}` is {value}, but must be at least 1.")
 
 
 def _decay_names(model: torch.nn.Module) -> list[str]:

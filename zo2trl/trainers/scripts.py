@@ -32,6 +32,7 @@ from zo2trl.errors import ConfigError, ZO2TRLError, errors_in_one_line
 __all__ = [
     "CHECKED",
     "SCRIPTS",
+    "USAGE",
     "ZOModelConfig",
     "load_datasets",
     "main",
@@ -44,6 +45,8 @@ __all__ = [
     "train",
 ]
 
+# One line: argparse prints it before every complaint, and would print all 200 arguments.
+USAGE = "%(prog)s [--config FILE] [arguments; --help lists them]"
 SCRIPTS = {
     "sft": ("ZOSFTTrainer", "ZOSFTConfig"),
     "dpo": ("ZODPOTrainer", "ZODPOConfig"),
@@ -86,7 +89,8 @@ def make_parser(name: str, *, prog: str | None = None) -> TrlParser:
         raise ConfigError(f"There is no script {name!r}. Choose one of {', '.join(SCRIPTS)}.")
     config_class = getattr(import_module("zo2trl"), SCRIPTS[name][1])
     read: Any = (ScriptArguments, config_class, ZOModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(read, prog=prog, allow_abbrev=False)  # or accelerate's `--cpu` is an ambiguous `--cpu_memory`
+    # Abbreviated, accelerate's `--cpu` would be an ambiguous `--cpu_memory`.
+    parser = TrlParser(read, prog=prog, usage=USAGE, allow_abbrev=False)
     if name == "reward":
         parser.set_defaults(lora_task_type="SEQ_CLS")
     return parser
