@@ -227,9 +227,11 @@ def _trains_16_bit(planned: "Planned") -> bool:
     return any(spec.trainable and spec.dtype.itemsize == 2 for spec in specs)
 
 
-def _free_on_disk(folder: Path) -> int:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return psutil.disk_usage(str(there)).free
+def _free_on_disk(store_dir: Path) -> int:
+    from zo2trl.tiers.os_errors import free_bytes
+    from zo2trl.tiers.rates import drive_folder
+
+    return free_bytes(drive_folder(store_dir))
 
 
 def _neighbours(planned: "Planned", args: Any, model_args: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ from zo2trl.engine.workload import Workload
 from zo2trl.tiers.disk import CHECK_EVERY
 from zo2trl.tiers.layout import Unit, VisitPoint
 from zo2trl.tiers.placement import TierName
-from zo2trl.tiers.rates import MachineRates, VisitCost
+from zo2trl.tiers.rates import MachineRates, VisitCost, dtype_name
 from zo2trl.tiers.readers import PIECE_BYTES
 from zo2trl.tiers.ring import plan_regions
 from zo2trl.tiers.staging import N_PIECES_DOWN, N_PIECES_UP
@@ -214,8 +214,7 @@ def _visits_s(
         n_pending = (interval + 1) / 2 * options.num_directions * (1 if interval == 1 else n_marches)
         for number, span in enumerate(segment.spans):
             kept = "nearest" if span.dtype.itemsize > 2 else options.rounding or "stochastic"
-            dtype = str(span.dtype).removeprefix("torch.")
-            cost = rates.visit(dtype=dtype, direction=options.direction, rounding=kept)
+            cost = rates.visit(dtype=dtype_name(span.dtype), direction=options.direction, rounding=kept)
             made_s, n_draws = _copies(cost, plan, tier, interval=interval, options=options)
             n, beside_s = len(span.tiles) * TILE, cost.span_s if number else 0.0  # a visit's own cost has the first
             total_s += n_copied[segment.index] * (n * made_s + n_draws * beside_s)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from zo2trl.tiers.layout import Layout, find_stacks
+from zo2trl.tiers.rates import dtype_name
 
 __all__ = ["Workload", "count_pass", "fake_tensors", "make_fake", "rough_workload"]
 
@@ -106,7 +107,7 @@ def rough_workload(layout: Layout, *, n_tokens: int) -> Workload:
     flops: Counter[str] = Counter()
     for unit in layout.units:
         for spec in unit.tensors:
-            flops[_dtype_name(spec.dtype)] += 2 * spec.numel * n_tokens
+            flops[dtype_name(spec.dtype)] += 2 * spec.numel * n_tokens
     return Workload(flops=flops)
 
 
@@ -130,7 +131,7 @@ class _Counting(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self.n_operations += 1
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops[_dtype_name(made[0].dtype)] += int(formula(*args, **kwargs, out_val=result))
+            self.flops[dtype_name(made[0].dtype)] += int(formula(*args, **kwargs, out_val=result))
         elif not _is_view(func):
             self.moved_bytes += sum(map(_n_bytes, sources)) + sum(map(_n_bytes, made))
         known = {_storage(tensor) for tensor in sources}
@@ -142,7 +143,7 @@ class _Counting(TorchDispatchMode):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         rows, width = math.prod(query.shape[:-1]), query.shape[-1] + value.shape[-1]
-        self.flops[f"{_dtype_name(query.dtype)} attention"] += 2 * rows * key.shape[-2] * width
+        self.flops[f"{dtype_name(query.dtype)} attention"] += 2 * rows * key.shape[-2] * width
 
     def _note(self, tensor: torch.Tensor, *, is_new: bool, is_written: bool) -> None:
         """Memory counts from when it is written, and as much of it as is: what is only reserved takes no pages."""
@@ -207,7 +208,3 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _n_bytes(tensor: torch.Tensor) -> int:
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

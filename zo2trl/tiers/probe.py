@@ -18,7 +18,7 @@ import torch
 from zo2trl.tiers.cpu import pin, unpin
 from zo2trl.tiers.fs import FS, LOCAL
 from zo2trl.tiers.os_errors import naming
-from zo2trl.tiers.rates import MachineRates, MarchCost, VisitCost, drive_folder
+from zo2trl.tiers.rates import MachineRates, MarchCost, VisitCost, drive_folder, dtype_name
 from zo2trl.tiers.readers import N_READERS, PIECE_BYTES, aligned_bytes
 from zo2trl.zo.noise import TILE, TileMap, make_noise
 from zo2trl.zo.records import StepRecord
@@ -52,12 +52,12 @@ def measure_rates(device: torch.device, store_dir: Path, *, march: MarchCost, fs
     read, write, cpu_s = _drive_rates(store_dir, fs=fs)
     with torch.no_grad():
         return MachineRates(
-            flops={_name(dtype): _flops(device, dtype) for dtype, _ in _KINDS}
-            | {f"{_name(dtype)} attention": _attention_flops(device, dtype) for dtype, _ in _KINDS},
+            flops={dtype_name(dtype): _flops(device, dtype) for dtype, _ in _KINDS}
+            | {f"{dtype_name(dtype)} attention": _attention_flops(device, dtype) for dtype, _ in _KINDS},
             moved_bytes=_moved_bytes(device), new_bytes=_new_bytes(),
             operation_s=_operation_s(device),
             visits={
-                f"{_name(dtype)} {direction} {rounding}": _visit(device, dtype, direction, rounding=rounding)
+                f"{dtype_name(dtype)} {direction} {rounding}": _visit(device, dtype, direction, rounding=rounding)
                 for dtype, rounding in _KINDS
                 for direction in ("rademacher", "gaussian")
             },
@@ -78,10 +78,6 @@ def scratch_on_drive(store_dir: Path) -> Iterator[Path]:
         with naming("write to", folder):
             scratch = until_then.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".zo2trl-probe-"))
         yield Path(scratch)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _seconds(work: Callable[[], object], device: torch.device, *, for_s: float = PART_S) -> float:
@@ -164,9 +160,7 @@ def _visits_s(
 
     def seconds(n_probes: int, n_steps: int) -> float:
         probes = [Displaced(1, 1e-3, copy) for copy in copies[:n_probes]]
-        return _seconds(
-            lambda: rule.visit(weights, [span], [_RECORD] * n_steps, probes=probes), device
-        )  # fmt: skip
+        return _seconds(lambda: rule.visit(weights, [span], [_RECORD] * n_steps, probes=probes), device)
 
     return seconds(1, 0), seconds(2, 0), seconds(2, N_PENDING)
 

@@ -28,6 +28,7 @@ __all__ = [
     "VisitCost",
     "cache_file",
     "drive_folder",
+    "dtype_name",
     "identity",
     "load_rates",
     "save_rates",
@@ -111,6 +112,11 @@ class MachineRates:
     def flops_of(self, kind: str) -> float:
         """Of a dtype's products or attention; of the nearest that was measured where these were not."""
         return self.flops.get(kind) or self.flops.get(kind.removesuffix(" attention")) or min(self.flops.values())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What rates call a dtype: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def cache_file() -> Path:
