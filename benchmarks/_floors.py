@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks._report import median_seconds
-from zo2trl.tiers.cpu import pin, unpin
+from zo2trl.tiers.host import pin, unpin
 
 __all__ = [
     "DriveRates",

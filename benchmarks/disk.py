@@ -22,15 +22,16 @@ from torch import nn
 
 from benchmarks._floors import DriveRates, Extent, drive_rates, raw_read_s
 from benchmarks._report import add_out, write_report
-from zo2trl.tiers.cpu import HostTier
+from zo2trl.files.fs import FS, LOCAL
+from zo2trl.layout.layout import Layout, Segment, TensorSpec, plan_layout
+from zo2trl.planning.budgets import Budgets
+from zo2trl.planning.placement import place
+from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.disk import DiskTier
-from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.gpu import DeviceTier
-from zo2trl.tiers.homes import Homes
-from zo2trl.tiers.layout import Layout, Segment, TensorSpec, plan_layout
-from zo2trl.tiers.placement import Budgets, place
+from zo2trl.tiers.host import HostTier
 from zo2trl.tiers.prefetch import Prefetcher
 from zo2trl.tiers.readers import N_READERS, PIECE_BYTES
+from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.three import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
 
@@ -166,47 +167,47 @@ def bare(extents: list[Extent], depth: DriveRates) -> Sample:
 
 
 @contextmanager
-def opened(layout: Layout, folder: Path, fs: FS, *, like: Homes | None = None) -> Iterator[Homes]:
-    """Homes of all units in new files of a folder, or in the files of other homes."""
+def opened(layout: Layout, folder: Path, fs: FS, *, like: Residency | None = None) -> Iterator[Residency]:
+    """Residency of all units in new files of a folder, or in the files of other homes."""
     files = UnitFiles(folder, fs=fs)
     tiers = Tiers(gpu=DeviceTier(DEVICE), cpu=HostTier([], pinned=False), disk=DiskTier(files, fs=fs))
     placement = place(layout, Budgets(device="min", cpu=0))
-    homes = Homes(layout, placement, tiers=tiers, files=files, device=DEVICE)
+    residency = Residency(layout, placement, tiers=tiers, files=files, device=DEVICE)
     try:
         if like is None:
-            homes.found(random_bits, keep_base=False)
+            residency.found(random_bits, keep_base=False)
         else:
             for unit, record in zip(layout.units, like.files.founding, strict=True):
                 tiers.disk.move_in(unit, record)
-        homes.make_staging(placement.largest_segment_bytes)
-        yield homes
+        residency.make_staging(placement.largest_segment_bytes)
+        yield residency
     finally:
-        homes.close()
+        residency.close()
 
 
-def through_store(homes: Homes, *, check_all: bool, cold: Path | None = None) -> Sample:
+def through_store(residency: Residency, *, check_all: bool, cold: Path | None = None) -> Sample:
     """Every unit once, in the steady state of a prefetcher whose ring is never full for long.
 
     `cold`: drop what is cached of the files in a folder.
     """
-    segments = homes.layout.segments
+    segments = residency.layout.segments
     largest = max(segment.n_bytes for segment in segments)
-    homes.will_write_back = lambda segment: check_all
+    residency.will_write_back = lambda segment: check_all
     samples: list[Sample] = []
     fetcher = Prefetcher(
-        segments, homes.load, ring_bytes=RING_SEGMENTS * largest, device=DEVICE, on_disk=lambda segment: True
+        segments, residency.load, ring_bytes=RING_SEGMENTS * largest, device=DEVICE, on_disk=lambda segment: True
     )
 
-    def march(part: list[Segment]) -> None:
+    def traverse(part: list[Segment]) -> None:
         for segment in part:
             if cold is not None:
                 forget(cold)
             fetch, _ = fetcher.take(segment)
             fetcher.give_back(fetch)
 
-    march(segments[:RING_SEGMENTS])
+    traverse(segments[:RING_SEGMENTS])
     with timing(samples):
-        march([*segments[RING_SEGMENTS:], *segments[:RING_SEGMENTS]])
+        traverse([*segments[RING_SEGMENTS:], *segments[:RING_SEGMENTS]])
     fetcher.close()
     return samples[0]
 

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks._report import add_out, write_report
-from zo2trl.tiers.fs import LOCAL
-from zo2trl.tiers.journal import GROWTH, RECORD_BYTES, Journal
+from zo2trl.files.fs import LOCAL
+from zo2trl.journal.journal import GROWTH, RECORD_BYTES, Journal
 from zo2trl.zo.records import StepRecord
 
 HEADER_BYTES = 64  # of the empty header used here

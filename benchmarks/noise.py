@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks._report import add_out, write_report
 from recipes import sentiment_task as task
 from zo2trl.engine.opening import EngineOptions, open_engine
-from zo2trl.tiers.placement import Budgets
+from zo2trl.planning.budgets import Budgets
 
 BATCH_SIZE, LEARNING_RATE, ZO_EPS = 32, 2e-4, 1e-3
 

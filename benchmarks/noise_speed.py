@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from zo2trl.zo.noise import TILE, TileMap, make_noise, rounding_bits
+from zo2trl.zo.noise import make_noise, rounding_bits
+from zo2trl.zo.tiles import TILE, TileMap
 
 Fill = Callable[[torch.Tensor, int, TileMap], None]
 

@@ -168,7 +168,7 @@ def train(*, folder: str, store: str, arguments: dict[str, Any]) -> dict[str, An
         )  # fmt: skip
         trainer.train()
         where = trainer.engine.store.summary()
-        every = dict(trainer.engine.store.rhythm.write_back)
+        every = dict(trainer.engine.store.write_schedule.write_back)
         trainer.close()
     ends_s = watch.ends_s[WARM_UP_STEPS - 1 :]
     each_s = [after - before for before, after in itertools.pairwise(ends_s)]

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks._report import add_out, median_seconds, write_report
 from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.step import Engine
-from zo2trl.tiers.placement import Budgets
+from zo2trl.planning.budgets import Budgets
 
 DRAWS_PER_STEP = 3
 

@@ -35,13 +35,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from benchmarks._floors import DriveRates, Extent, copy_rates, drive_rates, two_forwards_s
 from benchmarks._judging import Steps, bounds_ms, drive_floors, judged, line
 from benchmarks._report import add_out, save_report
-from zo2trl.engine.fitting import DeviceFit
+from zo2trl.engine.device_fit import DeviceFit
 from zo2trl.engine.heads import deferring_logits, hook_heads
 from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
 from zo2trl.engine.step import Engine
 from zo2trl.engine.trace import draw_timeline, zo_trace
-from zo2trl.tiers.layout import plan_layout
-from zo2trl.tiers.placement import Budgets, parse_size, place
+from zo2trl.files.sizes import parse_size
+from zo2trl.layout.layout import plan_layout
+from zo2trl.planning.budgets import Budgets
+from zo2trl.planning.placement import place
 from zo2trl.zo.estimators import TwoSidedSPSA
 
 # blocks, hidden size, feed-forward size, heads
@@ -196,14 +198,14 @@ class Bench:
 
         def step() -> None:
             number = len(engine.store.journal.records)
-            engine.step([loss] * self.n_batches, step=number, passes_per_march=passes_per_march)
+            engine.step([loss] * self.n_batches, step=number, passes_per_traversal=passes_per_traversal)
             engine.commit(learning_rate=1e-6, weight_decay=0.0)
 
         free_device_memory()  # what others left cached would be cut up by the units that come
         plan = plan_engine(engine.model, self.settings)
-        engine.regranulate(plan.layout, plan.placement)
+        engine.relayout(plan.layout, plan.placement)
         fit = DeviceFit(engine, self.settings)
-        passes_per_march = fit.passes_per_march({"input_ids": ids})
+        passes_per_traversal = fit.passes_per_traversal({"input_ids": ids})
         free_device_memory()
         if self.settings.budgets.device != EVERYTHING:
             fit.before_steps(loss, {"input_ids": ids}, n_passes=2 * self.n_directions * self.n_batches)
@@ -226,7 +228,7 @@ class Bench:
         units = [store.layout.units[index] for index in store.placement.units_in("disk")]
         if units:
             wait_until_quiet(lambda: store.traffic["disk_read"] + store.traffic["disk_written"])
-        found = store.homes.files
+        found = store.residency.files
         return [(found.path(unit, record), unit.n_bytes) for unit in units if (record := found.newest(unit))]
 
     def _steady(self, step: Callable[[], None]) -> None:
@@ -236,7 +238,7 @@ class Bench:
             step()
         if any(unit.is_trained for unit in on_disk):
             before = store.traffic["disk_written"]
-            for _ in range(store.rhythm.store_every("disk")):
+            for _ in range(store.write_schedule.store_every("disk")):
                 if store.traffic["disk_written"] > before:
                     break
                 step()
@@ -263,7 +265,7 @@ class Bench:
             "cpu_tier_bytes": self.engine.store.placement.cpu_bytes,
             "anonymous_bytes": memory.rss - memory.shared,
             "cpu_cores": steps.cpu_s / sum(steps.seconds),
-            "write_back_every": dict(self.engine.store.rhythm.write_back),
+            "write_back_every": dict(self.engine.store.write_schedule.write_back),
             "store": self.engine.store.summary(),
         }
         floors = dict(self.floors)

@@ -19,7 +19,9 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-ROOMS_THAT_OWN_HANDLES = (TESTS / "tiers", TESTS / "engine", TESTS / "crash", TESTS / "faults")
+ROOMS_THAT_OWN_HANDLES = [
+    TESTS / room for room in ("files", "journal", "tiers", "checkpoints", "engine", "forecast", "crash", "faults")
+]
 PATIENCE_S = 2.0
 
 
@@ -67,7 +69,7 @@ def leftovers(files: dict[int, str], threads: set[threading.Thread]) -> list[str
 
 @pytest.fixture(autouse=True)
 def nothing_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test of tiers/ or engine/ that leaves a file open or a thread alive."""
+    """Fail a test of a room that owns handles, if it leaves a file open or a thread alive."""
     if not any(room in request.path.parents for room in ROOMS_THAT_OWN_HANDLES):
         yield
         return

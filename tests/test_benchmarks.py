@@ -9,8 +9,9 @@ from benchmarks._floors import MAX_RAW_BYTES, DriveRates, drive_rates, raw_read_
 from benchmarks._report import command
 from benchmarks.disk import Model
 from benchmarks.step_gpu import BLOCK, MODES, bounds_ms, budgets, drive_floors, judged, line
-from zo2trl.tiers.layout import plan_layout
-from zo2trl.tiers.placement import Budgets, place
+from zo2trl.layout.layout import plan_layout
+from zo2trl.planning.budgets import Budgets
+from zo2trl.planning.placement import place
 
 FLOORS = {"up_gb_s": 50.0, "each_way_gb_s": 40.0, "disk_read_gb_s": 2.0, "disk_write_gb_s": 1.0}
 

@@ -10,29 +10,27 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "zo2trl"
 
 # From the bottom up. The package itself (`import zo2trl`) re-exports the trainers, so it stands above them.
-RANKS = {
-    name: rank
-    for rank, names in enumerate(
-        [["errors", "versions"], ["zo"], ["amp"], ["tiers"], ["engine"], ["trainers"], ["zo2trl"], ["cli", "__main__"]]
-    )
-    for name in names
-}
+FLOORS = (
+    "errors versions", "files", "amp", "zo", "layout", "journal", "parallel", "planning", "tiers", "checkpoints",
+    "engine", "forecast", "trainers", "zo2trl", "cli __main__",
+)  # fmt: skip
+RANKS = {name: rank for rank, names in enumerate(FLOORS) for name in names.split()}
 ABOVE_THE_PACKAGE = ("recipes", "benchmarks", "tests")
 
 # What a name refers to -> the files (relative to the package) that may use it. A trailing * matches any ending.
-FS_ONLY = ("tiers/fs.py",)
+FS_ONLY = ("files/fs.py",)
 CONFINED: dict[str, tuple[str, ...]] = {
     **{f"os.{name}": FS_ONLY for name in ("open", "pread*", "pwrite*", "fsync", "fdatasync", "rename*", "replace")},
     "os.posix_fallocate": FS_ONLY,
     "fcntl*": FS_ONLY,
     "numpy.memmap": FS_ONLY,
     "trl*": ("trainers/*",),
-    "peft*": ("trainers/*", "tiers/model_files.py"),
+    "peft*": ("trainers/*", "checkpoints/model_files.py"),
     "transformers.Train*": ("trainers/*",),
     "transformers.train*": ("trainers/*",),
     "transformers.Seq2SeqTrain*": ("trainers/*",),
     "transformers.integrations.trainer*": ("trainers/*",),
-    "torch.load": ("tiers/convert.py",),
+    "torch.load": ("checkpoints/convert.py",),
     **{f"{name}*": () for name in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")},
     "torch.save": (),
 }
@@ -186,8 +184,8 @@ def test_a_risky_call_outside_its_room_is_caught(source: str) -> None:
 
 
 def test_a_room_may_do_what_it_is_for() -> None:
-    assert out_of_room("import os, fcntl\nos.pwrite(3, b'', 0)", "tiers/fs.py") == []
+    assert out_of_room("import os, fcntl\nos.pwrite(3, b'', 0)", "files/fs.py") == []
     assert out_of_room("from trl import SFTTrainer\nfrom transformers import Trainer", "trainers/mixin.py") == []
-    assert out_of_room("import torch\ntorch.load('x', weights_only=True)", "tiers/convert.py") == []
+    assert out_of_room("import torch\ntorch.load('x', weights_only=True)", "checkpoints/convert.py") == []
     assert out_of_room("import dataclasses\ndataclasses.replace", "tiers/store.py") == []
-    assert out_of_room("from transformers import AutoModelForCausalLM, PreTrainedModel", "tiers/ingest.py") == []
+    assert out_of_room("from transformers import AutoModelForCausalLM, PreTrainedModel", "tiers/load.py") == []

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from zo2trl.trainers.arguments import ZOArguments
+from zo2trl.trainers.arguments.config import ZOArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

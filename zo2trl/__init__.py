@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zo2trl.errors import ZO2TRLError
-    from zo2trl.trainers.arguments import ZOConfig
+    from zo2trl.trainers.arguments.config import ZOConfig
     from zo2trl.trainers.dpo_trainer import ZODPOConfig, ZODPOTrainer
-    from zo2trl.trainers.objectives import OutputObjective, TextObjective
+    from zo2trl.trainers.objective.objectives import OutputObjective, TextObjective
     from zo2trl.trainers.reward_trainer import ZORewardConfig, ZORewardTrainer
     from zo2trl.trainers.sft_trainer import ZOSFTConfig, ZOSFTTrainer
     from zo2trl.trainers.zo_trainer import ZOTrainer
@@ -19,11 +19,11 @@ __all__ = [
 ]  # fmt: skip
 
 # Imported on first use: `zo2trl --version` should not wait for torch, and ZOTrainer should not need TRL.
-_HOMES = {
-    "OutputObjective": "zo2trl.trainers.objectives",
-    "TextObjective": "zo2trl.trainers.objectives",
+_RESIDENCY = {
+    "OutputObjective": "zo2trl.trainers.objective.objectives",
+    "TextObjective": "zo2trl.trainers.objective.objectives",
     "ZO2TRLError": "zo2trl.errors",
-    "ZOConfig": "zo2trl.trainers.arguments",
+    "ZOConfig": "zo2trl.trainers.arguments.config",
     "ZODPOConfig": "zo2trl.trainers.dpo_trainer",
     "ZODPOTrainer": "zo2trl.trainers.dpo_trainer",
     "ZORewardConfig": "zo2trl.trainers.reward_trainer",
@@ -35,9 +35,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _RESIDENCY:
         raise AttributeError(f"module 'zo2trl' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_RESIDENCY[name]), name)
 
 
 def __dir__() -> list[str]:

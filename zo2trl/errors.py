@@ -15,7 +15,7 @@
     ├── ParallelError                      the processes of one training cannot go on together
     │   ├── RankLost                       one of them has ended, or does not answer
     │   └── RanksDiverged                  they do not hold the same weights, or do not do the same
-    ├── MarchError                         the model did something the streamed march cannot serve
+    ├── TraversalError                         the model did something the streamed traversal cannot serve
     ├── LossPrecisionError                 the loss came back in 16 bit, where a projected gradient drowns in rounding
     └── TrainingDiverged                   too many non-finite losses in a row
 
@@ -31,7 +31,6 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "LossPrecisionError",
-    "MarchError",
     "ParallelError",
     "RankLost",
     "RanksDiverged",
@@ -41,6 +40,7 @@ __all__ = [
     "StoreForeign",
     "StoreLocked",
     "TrainingDiverged",
+    "TraversalError",
     "UnsupportedError",
     "ZO2TRLError",
     "errors_in_one_line",
@@ -99,8 +99,8 @@ class RanksDiverged(ParallelError):
     """The processes of one training do not hold the same weights, or do not do the same."""
 
 
-class MarchError(ZO2TRLError):
-    """The model did something a streamed march cannot serve."""
+class TraversalError(ZO2TRLError):
+    """The model did something a streamed traversal cannot serve."""
 
 
 class LossPrecisionError(ZO2TRLError):

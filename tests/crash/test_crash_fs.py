@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.crash_fs import SECTOR, CrashFS, CrashImage
 from zo2trl.errors import StoreError
-from zo2trl.tiers.fs import FS
+from zo2trl.files.fs import FS
 
 RECORDED = {"create", "write_some", "sync_data", "sync_folder", "rename", "unlink", "remove", "make_dir"}
 MADE_OF_RECORDED = {"write_at", "write_atomically", "write_text_atomically", "sync_tree"}

@@ -8,8 +8,8 @@ import pytest
 from tests.support.crash_fs import CrashFS, CrashImage
 from tests.support.durable import QuickFS
 from zo2trl.errors import ZO2TRLError
-from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.journal import GROWTH, RECORD_BYTES, Journal, MarkKind, UnitRecord
+from zo2trl.files.fs import FS, LOCAL
+from zo2trl.journal.journal import GROWTH, RECORD_BYTES, Journal, MarkKind, UnitRecord
 from zo2trl.zo.records import Record, SkipRecord, StepRecord
 
 Operation = Callable[[Journal], None]
@@ -31,11 +31,11 @@ def skip(number: int) -> Operation:
     return lambda journal: journal.append(record)
 
 
-def publish(unit: int, *, is_origin: bool = False) -> Operation:
+def publish(unit: int, *, is_base: bool = False) -> Operation:
     def work(journal: Journal) -> None:
         position = len(journal.records)
         journal.append_unit(
-            UnitRecord(unit=unit, position=position, edition=0, n_bytes=4096, crc=position, is_origin=is_origin)
+            UnitRecord(unit=unit, position=position, revision=0, n_bytes=4096, crc=position, is_base=is_base)
         )
 
     return work
@@ -51,7 +51,7 @@ def rewind(position: int) -> Operation:
 
 # Groups of 1 to 6 records with and without settings, at every place in a sector; history that is taken back.
 STORY: list[Operation] = [
-    publish(0, is_origin=True), publish(1, is_origin=True),
+    publish(0, is_base=True), publish(1, is_base=True),
     step(1), mark(MarkKind.STARTED, 1), step(2, decay=0.1), step(3, directions=7, decay=0.1), publish(0),
     skip(4), step(5, directions=24, decay=0.2), publish(1), mark(MarkKind.EVALUATED, 5), step(6, directions=2),
     mark(MarkKind.SAVED, 6), rewind(3), step(4, directions=12), publish(0), step(5, directions=12), step(6),

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.durable import Action, Oracle, QuickFS, Setup, act, small_layout, state_of
 from tests.support.processes import Child, Report, child, single_threaded
-from zo2trl.tiers.fs import LOCAL
+from zo2trl.files.fs import LOCAL
 
 KILLS_PER_STORE = 20
 LONGEST_OPENING_S, LONGEST_ACTION_S = 0.02, 0.003
@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 
 def random_actions(draw: random.Random, first: int, n_records: int, n_actions: int = 400) -> list[Action]:
-    """A life: mostly steps and marches, now and then something else. `first` is the number of the first step."""
+    """A life: mostly steps and traversals, now and then something else. `first` is the number of the first step."""
     actions: list[Action] = []
     number, position = first, n_records
     while len(actions) < n_actions:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.crash_fs import CrashFS
 from tests.support.durable import QuickFS
-from zo2trl.tiers.logbook import Logbook
+from zo2trl.journal.logbook import Logbook
 
 Entries = dict[int, Any]
 LAST = 40

@@ -14,9 +14,9 @@ from tests.faults.test_weights_damage import UNIT, assert_refused, flip, saved
 from tests.support.durable import Action, QuickFS, Setup, steps
 from tests.support.processes import single_threaded
 from zo2trl.errors import ZO2TRLError
-from zo2trl.tiers import journal as journal_module
+from zo2trl.journal import journal as journal_module
+from zo2trl.journal.journal import Journal
 from zo2trl.tiers import replay, store, unit_files
-from zo2trl.tiers.journal import Journal
 from zo2trl.tiers.unit_files import UnitFiles
 
 Patch = pytest.MonkeyPatch
@@ -79,14 +79,14 @@ def without(owner: type, missing: str, patch: Patch) -> None:
 
 
 def unit_record_before_its_data(patch: Patch) -> None:
-    def publish(self: UnitFiles, draft, *, is_origin=False):
+    def publish(self: UnitFiles, draft, *, is_base=False):
         crcs = [draft.crcs[spec.tensor_id] for spec in draft.unit.tensors]
         record = unit_files.UnitRecord(
-            unit=draft.unit.index, position=draft.position, edition=draft.edition, n_bytes=draft.unit.n_bytes,
-            crc=unit_files.table_crc(crcs), is_origin=is_origin,
+            unit=draft.unit.index, position=draft.position, revision=draft.revision, n_bytes=draft.unit.n_bytes,
+            crc=unit_files.table_crc(crcs), is_base=is_base,
         )  # fmt: skip
         self._commit(record)
-        self._seal(draft, is_origin=is_origin)
+        self._seal(draft, is_base=is_base)
         self._fs.sync_folder(self.folder)
         self._replace(draft.unit, record)
         return record
@@ -97,11 +97,11 @@ def unit_record_before_its_data(patch: Patch) -> None:
 def old_version_removed_before_the_new_one_counts(patch: Patch) -> None:
     original = UnitFiles.publish
 
-    def publish(self: UnitFiles, draft, *, is_origin=False):
+    def publish(self: UnitFiles, draft, *, is_base=False):
         for old in self.versions(draft.unit):
-            if not old.is_origin:
+            if not old.is_base:
                 self._fs.unlink(self.path(draft.unit, old))
-        return original(self, draft, is_origin=is_origin)
+        return original(self, draft, is_base=is_base)
 
     patch.setattr(UnitFiles, "publish", publish)
 
@@ -149,14 +149,14 @@ def length_of_a_file_trusted(patch: Patch) -> None:
 
 def a_change_of_weights_that_is_not_all_or_nothing(patch: Patch) -> None:
     def publish_together(self: UnitFiles, drafts):
-        return [self.publish(draft, is_origin=True) for draft in drafts]
+        return [self.publish(draft, is_base=True) for draft in drafts]
 
     patch.setattr(UnitFiles, "publish_together", publish_together)
     append = Journal.append_unit
 
     def append_unit(self: Journal, record) -> None:
         append(self, record)
-        if record.is_origin:
+        if record.is_base:
             self.append_mark(journal_module.MarkKind.CHANGED, step=0)
 
     patch.setattr(Journal, "append_unit", append_unit)

@@ -24,9 +24,9 @@ from tests.support.crashes import comparable
 from tests.support.models import tiny_model
 from tests.support.processes import Report, child, in_child, single_threaded
 from tests.support.trainings import TRAININGS, Training, held_out, lora
-from zo2trl.tiers.export import export_store
-from zo2trl.tiers.fs import FS
-from zo2trl.tiers.journal import Journal
+from zo2trl.checkpoints.export import export_store
+from zo2trl.files.fs import FS
+from zo2trl.journal.journal import Journal
 
 N_STEPS, N_KILLS = 100, 10
 PATIENCE_S = 60.0

@@ -13,7 +13,7 @@ import torch
 from tests.support.durable import Player, QuickFS, Setup, make_record, state_of, steps
 from tests.support.processes import Child, Report, child, single_threaded
 from zo2trl.errors import StoreLocked
-from zo2trl.tiers.fs import LOCAL
+from zo2trl.files.fs import LOCAL
 
 N_RACES = 100
 SETUP = Setup()
@@ -111,7 +111,7 @@ def test_a_killed_owner_is_out_of_the_way_although_its_data_workers_live(tmp_pat
             assert owner.next() == 1
             killed_s = kill(owner)
             assert all(is_alive(pid) for pid in workers)
-            acknowledged = [1, *owner.rest_if_any()]
+            acknowledged = [1, *owner.root_if_any()]
             with SETUP.opened(tmp_path / "store", mode="continue", fs=LOCAL) as store:
                 assert time.monotonic() - killed_s < 10
                 assert len(store.journal.records) in (len(acknowledged), len(acknowledged) + 1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, OPTConfig, T5Config
 
-from zo2trl.engine.activations import MAX_PASSES, passes_per_march
+from zo2trl.engine.activations import MAX_PASSES, passes_per_traversal
 
 STORE = SimpleNamespace(device=torch.device("cpu"))  # only the device is looked at
 
@@ -22,7 +22,7 @@ def model(config):
 def passes(tokens, *, config=None):
     config = config or LlamaConfig(hidden_size=4096)
     inputs = {"input_ids": torch.empty(1, tokens, device="meta"), "labels": None}
-    return passes_per_march(STORE, model(config), inputs)
+    return passes_per_traversal(STORE, model(config), inputs)
 
 
 @pytest.fixture(autouse=True)
@@ -56,4 +56,4 @@ def test_the_width_is_found_under_every_name(config):
 
 def test_an_unknown_model_counts_as_a_wide_one():
     inputs = {"x": torch.empty(64, device="meta")}
-    assert passes_per_march(STORE, nn.Linear(2, 2), inputs) == passes(64)
+    assert passes_per_traversal(STORE, nn.Linear(2, 2), inputs) == passes(64)

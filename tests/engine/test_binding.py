@@ -1,4 +1,4 @@
-"""Promises about the model's own face: it looks and behaves like a plain model whenever no march is running."""
+"""Promises about the model's own face: it looks and behaves like a plain model whenever no traversal is running."""
 
 import copy
 
@@ -22,8 +22,8 @@ from tests.support.toys import (
 )
 from zo2trl.engine.opening import open_engine
 from zo2trl.errors import StoreError
-from zo2trl.tiers.fs import FS
-from zo2trl.tiers.placement import Budgets
+from zo2trl.files.fs import FS
+from zo2trl.planning.budgets import Budgets
 
 SHAPES = [("gpu", "block"), ("cpu", "block"), ("disk", "block"), ("cpu", "leaf"), ("disk", "leaf")]
 everywhere = pytest.mark.parametrize(("tier", "granularity"), SHAPES)
@@ -114,13 +114,13 @@ def test_a_leaf_hook_that_is_never_called_gives_nan(tmp_path):
 
 
 @everywhere
-@pytest.mark.parametrize("way", ["a march", "a plain forward"])
+@pytest.mark.parametrize("way", ["a traversal", "a plain forward"])
 def test_loaded_weights_are_used_at_once(tmp_path, tier, granularity, way):
     model, other = toy(seed=0), toy(seed=1)
     with opened(model, tmp_path / "store", tier=tier, granularity=granularity) as engine:
         clean_loss(engine, model)  # the ring now holds the old weights of what comes next
         model.load_state_dict(other.state_dict())
-        seen = clean_loss(engine, model) if way == "a march" else model(batch()).item()
+        seen = clean_loss(engine, model) if way == "a traversal" else model(batch()).item()
         assert seen == other(batch()).item()
         assert_same_weights(model, weights_of(other))
 
@@ -200,7 +200,7 @@ def test_evaluating_in_inference_mode_does_not_freeze_the_weights(tmp_path, tier
 
 
 @everywhere
-def test_a_plain_forward_outside_any_march_just_works(tmp_path, tier, granularity):
+def test_a_plain_forward_outside_any_traversal_just_works(tmp_path, tier, granularity):
     model = toy()
     expected = model.logits(batch()).detach()
     with opened(model, tmp_path / "store", tier=tier, granularity=granularity):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo2trl.engine import deferred
 from zo2trl.engine.deferred import Deferral, DeferredRows, defer
-from zo2trl.errors import MarchError
+from zo2trl.errors import TraversalError
 
 ROWS, WIDTH, CLASSES = 13, 8, 24
 SHAPES = [(ROWS, WIDTH), (1, ROWS, WIDTH), (ROWS, 1, WIDTH), (2, 3, WIDTH)]
@@ -230,9 +230,9 @@ def test_hidden_states_that_were_changed_in_place_are_not_taken_for_the_old_ones
     hidden = torch.ones(3, WIDTH)
     x = F.linear(defer(hidden, Deferral()), torch.ones(CLASSES, WIDTH))
     hidden.add_(1)
-    with pytest.raises(MarchError, match="changed in place"):
+    with pytest.raises(TraversalError, match="changed in place"):
         x.sum()
-    with pytest.raises(MarchError, match="changed in place"):
+    with pytest.raises(TraversalError, match="changed in place"):
         F.cross_entropy(x, torch.zeros(3, dtype=torch.long))
 
 
@@ -263,7 +263,7 @@ def test_what_was_never_made_is_refused_afterwards():
     deferral = Deferral()
     x, _ = projected(deferral=deferral)
     deferral.is_over = True
-    with pytest.raises(MarchError, match="never made"):
+    with pytest.raises(TraversalError, match="never made"):
         x.sum()
 
 

@@ -22,9 +22,10 @@ from tests.support.toys import (
 )
 from zo2trl.engine.discovery import settle_granularity
 from zo2trl.engine.opening import open_engine, plan_engine
-from zo2trl.errors import BudgetError, MarchError
-from zo2trl.tiers.layout import plan_layout
-from zo2trl.tiers.placement import Budgets, smallest_device_budget
+from zo2trl.errors import BudgetError, TraversalError
+from zo2trl.layout.layout import plan_layout
+from zo2trl.planning.budgets import Budgets
+from zo2trl.planning.placement import smallest_device_budget
 
 
 class ReadsItsChild(Block):
@@ -170,7 +171,7 @@ def test_a_budget_that_holds_whole_blocks_is_enough_to_keep_them_whole(tmp_path,
 
 def test_a_block_that_must_stay_whole_and_does_not_fit_is_refused_with_the_way_out(tmp_path):
     model = Toy([ReadsItsChild() for _ in range(3)])
-    with pytest.raises(MarchError, match='raise `device_memory` and set `granularity="block"`'):
+    with pytest.raises(TraversalError, match='raise `device_memory` and set `granularity="block"`'):
         leaf_blocks_after(model, tmp_path / "store", budgets=tight(model))
 
 

@@ -27,9 +27,9 @@ from tests.support.toys import opened
 from zo2trl.engine import deferred
 from zo2trl.engine.deferred import DeferredRows
 from zo2trl.engine.heads import deferring_logits, hook_heads
-from zo2trl.engine.lockstep import Pass, march
+from zo2trl.engine.lockstep import Pass, traverse
 from zo2trl.engine.precision import fp32_heads
-from zo2trl.errors import MarchError
+from zo2trl.errors import TraversalError
 from zo2trl.zo.estimators import CLEAN
 
 CHUNK = 4
@@ -260,7 +260,7 @@ def test_logits_of_a_pass_that_failed_are_refused():
     with pytest.raises(ZeroDivisionError), deferring_logits():
         kept.append(model(**batch).logits)
         raise ZeroDivisionError
-    with pytest.raises(MarchError, match="never made"):
+    with pytest.raises(TraversalError, match="never made"):
         kept[0].sum()
 
 
@@ -305,10 +305,10 @@ def test_a_hooked_model_is_copied_pickled_and_saved_like_any_other(tmp_path, mon
         assert torch.equal(in_chunks(other, batch).logits, model(**batch).logits)
 
 
-# ------------------------------------------------------------------------------------------------------ inside a march
+# ------------------------------------------------------------------------------------------------ inside a traversal
 
 
-def test_a_block_entered_round_a_march_does_not_reach_into_its_passes():
+def test_a_block_entered_round_a_traversal_does_not_reach_into_its_passes():
     """A pass has weights of its own: what it has put off must be made before it ends."""
     model, batch = tiny_model("llama"), batch_of()
     hook_heads(model)
@@ -318,7 +318,7 @@ def test_a_block_entered_round_a_march_does_not_reach_into_its_passes():
 
     with deferring_logits():
         assert run() is DeferredRows
-        [seen] = march([Pass(run, CLEAN, first_point=0)], lambda point, waiting: [one.resume() for one in waiting])
+        [seen] = traverse([Pass(run, CLEAN, first_point=0)], lambda point, waiting: [one.resume() for one in waiting])
     assert seen is torch.Tensor
 
 

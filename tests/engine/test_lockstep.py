@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from zo2trl.engine.lockstep import Pass, PassAborted, current_pass, march
+from zo2trl.engine.lockstep import Pass, PassAborted, current_pass, traverse
 from zo2trl.zo.estimators import CLEAN
 
 WORD = contextvars.ContextVar("word", default="nobody")
@@ -18,7 +18,7 @@ def wait(point=1):
 
 
 def together(*runs, log=None, fail_at=None):
-    """March the runs; every point is served by resuming all who wait there."""
+    """Traversal the runs; every point is served by resuming all who wait there."""
 
     def serve(point, waiting):
         if log is not None:
@@ -28,7 +28,7 @@ def together(*runs, log=None, fail_at=None):
         for one in waiting:
             one.resume()
 
-    return march([Pass(run, CLEAN, first_point=0) for run in runs], serve)
+    return traverse([Pass(run, CLEAN, first_point=0) for run in runs], serve)
 
 
 def in_a_thread(check):
@@ -57,14 +57,14 @@ class Doubling(TorchFunctionMode):
         return torch.mul(result, 2) if func is torch.add else result
 
 
-# ---------------------------------------------------------------------------------------------------------- marching
+# ---------------------------------------------------------------------------------------------------------- traversing
 
 
 def test_values_come_back_in_the_order_of_the_passes():
     assert together(lambda: "a", lambda: (wait(), "b")[1], lambda: "c") == ["a", "b", "c"]
 
 
-def test_no_passes_make_an_empty_march():
+def test_no_passes_make_an_empty_traversal():
     assert together() == []
 
 
@@ -96,7 +96,7 @@ def test_a_pass_on_another_way_through_the_model_is_served_too():
     assert together(lambda: (wait(1), wait(3), "a")[2], lambda: (wait(2), wait(3), "b")[2]) == ["a", "b"]
 
 
-def test_code_outside_any_march_is_in_no_pass():
+def test_code_outside_any_traversal_is_in_no_pass():
     assert current_pass() is None
     seen = together(current_pass)
     assert isinstance(seen[0], Pass) and current_pass() is None
@@ -296,7 +296,7 @@ def test_modes_are_restored_after_an_error_inside_them(kind, who, outer):
     in_a_thread(check)
 
 
-def test_a_march_can_follow_a_failed_one():
+def test_a_traversal_can_follow_a_failed_one():
     with pytest.raises(ZeroDivisionError):
         together(forever, lambda: (wait(), 1 / 0))
     assert together(lambda: (wait(), 5)[1]) == [5]
@@ -318,15 +318,17 @@ class Switch:
         self.value, self.n_sets = value, self.n_sets + 1
 
 
-def march_with(switch, *runs):
+def traversal_with(switch, *runs):
     def serve(point, waiting):
         for one in waiting:
             one.resume()
 
-    return march([Pass(run, CLEAN, first_point=0, pass_locals=[switch]) for run in runs], serve, pass_locals=[switch])
+    return traverse(
+        [Pass(run, CLEAN, first_point=0, pass_locals=[switch]) for run in runs], serve, pass_locals=[switch]
+    )
 
 
-def test_what_one_pass_switches_off_is_on_in_another_and_after_the_march():
+def test_what_one_pass_switches_off_is_on_in_another_and_after_the_traversal():
     switch = Switch()
 
     def switching():
@@ -344,7 +346,7 @@ def test_what_one_pass_switches_off_is_on_in_another_and_after_the_march():
             seen.append(switch.value)
         return seen
 
-    assert march_with(switch, switching, looking, switching) == [["on", "off"], ["on"] * 4, ["on", "off"]]
+    assert traversal_with(switch, switching, looking, switching) == [["on", "off"], ["on"] * 4, ["on", "off"]]
     assert switch.value == "on"
 
 
@@ -357,7 +359,7 @@ def test_a_pass_that_fails_leaves_nothing_switched_off():
         raise OSError("no more")
 
     with pytest.raises(OSError, match="no more"):
-        march_with(switch, failing, wait)
+        traversal_with(switch, failing, wait)
     assert switch.value == "on"
 
 
@@ -370,5 +372,5 @@ def test_passes_that_switch_together_are_not_switched_back_and_forth():
         for _ in range(50):
             wait()
 
-    march_with(switch, switching, switching)
+    traversal_with(switch, switching, switching)
     assert switch.n_sets < 6

@@ -137,7 +137,7 @@ def test_bf16_autocast_inside_a_pass_gives_the_losses_of_separate_forwards(tmp_p
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-def test_bf16_autocast_around_a_whole_march_gives_the_same_losses(tmp_path, cast):
+def test_bf16_autocast_around_a_whole_traversal_gives_the_same_losses(tmp_path, cast):
     model = toy(projected=True)
     losses, _ = plain_run(model, steps=2, around=cast)
     with opened(model, tmp_path / "store", tier="cpu") as engine:
@@ -160,5 +160,5 @@ def test_many_batches_under_autocast_do_not_see_each_others_weights(tmp_path, ca
 
     with opened(model, tmp_path / "store", tier="cpu", num_directions=2) as engine:
         together = engine.step([lambda i=i: loss(i) for i in range(3)], step=0)
-        alone = engine.step([lambda i=i: loss(i) for i in range(3)], step=0, passes_per_march=1)
+        alone = engine.step([lambda i=i: loss(i) for i in range(3)], step=0, passes_per_traversal=1)
         assert together == alone

@@ -20,10 +20,10 @@ from tests.support.toys import (
     weights_of,
 )
 from zo2trl.engine.step import MAX_SKIPS_IN_A_ROW
-from zo2trl.errors import MarchError, TrainingDiverged
+from zo2trl.errors import TrainingDiverged, TraversalError
 from zo2trl.zo.mezo import MezoSeeds
-from zo2trl.zo.noise import derive_seed, direction_seed
 from zo2trl.zo.records import SkipRecord, StepRecord
+from zo2trl.zo.seeds import derive_seed, direction_seed
 
 EXACT = {"zo_eps": 2.0**-3}  # with weights in eighths every fp32 operation of the quadratic is exact
 
@@ -200,13 +200,13 @@ def test_a_mezo_run_equals_mezos_own_loop(tmp_path, tier):
 # ------------------------------------------------------------------------------------------------------- micro-batches
 
 
-def test_a_probes_loss_is_the_sum_over_micro_batches_however_they_are_marched(tmp_path):
+def test_a_probes_loss_is_the_sum_over_micro_batches_however_they_are_traversaled(tmp_path):
     model = toy()
     closures = [lambda i=i: model(batch(i)) for i in range(5)]
     with opened(model, tmp_path / "store") as engine:
         whole = engine.step(closures, step=3)
         for passes in (1, 2, 3, 4, 7):
-            assert engine.step(closures, step=3, passes_per_march=passes) == whole
+            assert engine.step(closures, step=3, passes_per_traversal=passes) == whole
         singles = [engine.step([closure], step=3) for closure in closures]
         assert whole.loss_plus == pytest.approx(math.fsum(e.loss_plus for e in singles), rel=1e-12)
 
@@ -338,10 +338,10 @@ def test_a_step_that_failed_cannot_be_committed(tmp_path):
         assert engine.store.journal.records == [], "the losses of step 0 must not be recorded after step 1 began"
 
 
-def test_a_march_inside_a_march_is_refused(tmp_path):
+def test_a_traversal_inside_a_traversal_is_refused(tmp_path):
     model = toy()
     with opened(model, tmp_path / "store") as engine:
-        with pytest.raises(MarchError, match="inside another march"):
+        with pytest.raises(TraversalError, match="inside another traversal"):
             engine.step([lambda: engine.run_clean([lambda: model(batch())])[0]], step=0)
         assert engine.step([lambda: model(batch())], step=0).is_finite
 

@@ -47,10 +47,10 @@ class Gpu:
 
 
 def two_steps():
-    """Two marches of 10 ms over units a and b, uploads at 4 GB/s in 8 of every 10 ms, one of them across the end."""
+    """Two traversals of 10 ms over units a and b, uploads at 4 GB/s in 8 of every 10 ms, one across the end."""
     gpu, events = Gpu(), [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "python"}}]
     for start in (0, 10):
-        events.append(span("march", "2 passes", start, start + 9))
+        events.append(span("traversal", "2 passes", start, start + 9))
         for name, at in (("a", start), ("b", start + 4)):
             events.append(span("visit", name, at, at + 4))
             events += gpu.launch("kernel", "gemm", at + 1, at + 2, called_ms=at + 0.5, tid=MAIN_IN_CUDA)
@@ -67,10 +67,10 @@ def test_lanes_are_those_on_which_something_was_done_in_their_order():
     assert [i.name for i in timeline.lanes["visits"]] == ["a", "b", "a", "b"]
 
 
-def test_shares_are_of_whole_steps_from_the_first_march_to_the_last():
+def test_shares_are_of_whole_steps_from_the_first_traversal_to_the_last():
     timeline = Timeline.from_events(two_steps())
     summary = timeline.summary()
-    assert summary.n_marches == 2
+    assert summary.n_traversals == 2
     assert summary.window_s == pytest.approx(0.010)
     assert summary.busy["upload"] == pytest.approx(0.7)
     assert summary.busy["compute"] == pytest.approx(0.4, abs=0.01)
@@ -79,8 +79,8 @@ def test_shares_are_of_whole_steps_from_the_first_march_to_the_last():
     assert "upload 70.0% at 4.0 GB/s" in str(summary) and "synchronisations: none" in str(summary)
 
 
-def test_one_march_is_its_own_window():
-    events = [span("march", "2 passes", 5, 9), span("visit", "a", 5, 7)]
+def test_one_traversal_is_its_own_window():
+    events = [span("traversal", "2 passes", 5, 9), span("visit", "a", 5, 7)]
     summary = Timeline.from_events(events).summary()
     assert summary.window_s == pytest.approx(0.004) and summary.busy["visits"] == pytest.approx(0.5)
 
@@ -127,20 +127,20 @@ def test_kernels_in_quick_succession_are_one_interval_unless_the_unit_changes():
         ("cudaEventSynchronize", 5, WRITER, False),
     ],
 )
-def test_a_wait_counts_if_the_marching_thread_waits_inside_a_march(call, at_ms, tid, is_counted):
+def test_a_wait_counts_if_the_traversing_thread_waits_inside_a_traversal(call, at_ms, tid, is_counted):
     wait = complete("cuda_runtime", call, at_ms, at_ms + 1, tid=tid, args={"correlation": 99})
     summary = Timeline.from_events([*two_steps(), wait]).summary()
     assert summary.host_syncs == ({f"{call.partition('_')[0]} during b": 1} if is_counted else {})
 
 
-def test_a_marching_thread_is_recognised_by_its_other_name():
-    march = span("march", "2 passes", 0, 9, tid=MAIN, cuda_tid=777)
+def test_a_traversing_thread_is_recognised_by_its_other_name():
+    traversal = span("traversal", "2 passes", 0, 9, tid=MAIN, cuda_tid=777)
     wait = complete("cuda_runtime", "cudaStreamSynchronize", 5, 6, tid=777, args={})
-    assert Timeline.from_events([march, wait]).summary().host_syncs == {"cudaStreamSynchronize during no unit": 1}
+    assert Timeline.from_events([traversal, wait]).summary().host_syncs == {"cudaStreamSynchronize during no unit": 1}
 
 
 def test_without_a_gpu_fetches_have_a_lane():
-    events = [span("march", "", 0, 9), span("visit", "a", 0, 4), span("fetch", "b", 1, 3, tid=FETCHER)]
+    events = [span("traversal", "", 0, 9), span("visit", "a", 0, 4), span("fetch", "b", 1, 3, tid=FETCHER)]
     events += [span("disk read", "b", 1, 2, tid=FETCHER), span("disk write", "a", 5, 6, tid=WRITER)]
     timeline = Timeline.from_events(events)
     assert list(timeline.lanes) == ["visits", "fetches", "disk reads", "disk writes"]
@@ -149,7 +149,7 @@ def test_without_a_gpu_fetches_have_a_lane():
 
 def test_nothing_happened_is_a_timeline_too():
     summary = Timeline.from_events([]).summary()
-    assert (summary.n_marches, summary.window_s, summary.busy) == (0, 0.0, {})
+    assert (summary.n_traversals, summary.window_s, summary.busy) == (0, 0.0, {})
 
 
 @given(st.randoms(use_true_random=False))
@@ -165,7 +165,7 @@ pieces = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12
 @given(copies=pieces, window=st.tuples(st.integers(0, 40), st.integers(1, 30)))
 def test_a_lane_is_busy_while_at_least_one_thing_goes_on(copies, window):
     start, length = window
-    gpu, events = Gpu(), [span("march", "", start, start + length)]
+    gpu, events = Gpu(), [span("traversal", "", start, start + length)]
     for at, took in copies:
         events += gpu.upload(took * 1000, at, at + took, called_ms=0)
     summary = Timeline.from_events(events).summary()

@@ -11,7 +11,7 @@ from tests.support.toys import opened, toy, train
 from zo2trl.engine.timeline import Timeline
 from zo2trl.engine.trace import draw_timeline, read_trace, zo_trace
 from zo2trl.errors import ConfigError
-from zo2trl.tiers import spans
+from zo2trl.files import tracing
 
 LANES = {
     "gpu": ["visits"],
@@ -27,7 +27,7 @@ def traced(folder, *, tier="disk", n_steps=2, suffix=".json"):
         with zo_trace(engine, folder / f"trace{suffix}") as trace:
             train(engine, model, steps=n_steps, start=1)
             engine.flush()
-        return trace, [point.module_name or "rest" for point in engine.store.layout.points], len(engine.visited)
+        return trace, [point.module_name or "root" for point in engine.store.layout.points], len(engine.visited)
 
 
 @pytest.mark.parametrize("tier", LANES)
@@ -35,16 +35,16 @@ def test_every_visit_of_every_step_is_in_it_on_its_lane(tmp_path, tier):
     trace, points, n_visits = traced(tmp_path, tier=tier)
     lanes = trace.timeline.lanes
     assert list(lanes) == LANES[tier]
-    assert len(trace.timeline.marches) == 2 and len(lanes["visits"]) == 2 * n_visits
+    assert len(trace.timeline.traversals) == 2 and len(lanes["visits"]) == 2 * n_visits
     assert {visit.name for visit in lanes["visits"]} == set(points)
     for lane in LANES[tier][1:]:
-        assert {interval.name for interval in lanes[lane]} >= set(points) - {"rest"}
+        assert {interval.name for interval in lanes[lane]} >= set(points) - {"root"}
 
 
-def test_visits_lie_inside_their_march_one_after_the_other(tmp_path):
+def test_visits_lie_inside_their_traversal_one_after_the_other(tmp_path):
     timeline = traced(tmp_path, tier="cpu", n_steps=1)[0].timeline
-    [march], visits = timeline.marches, timeline.lanes["visits"]
-    assert march.start_s <= visits[0].start_s and visits[-1].end_s <= march.end_s
+    [traversal], visits = timeline.traversals, timeline.lanes["visits"]
+    assert traversal.start_s <= visits[0].start_s and visits[-1].end_s <= traversal.end_s
     assert all(a.end_s <= b.start_s for a, b in pairwise(visits))
 
 
@@ -65,7 +65,7 @@ def test_the_file_is_a_chrome_trace_and_can_be_read_again(tmp_path, suffix):
 
 def test_a_summary_says_how_busy_the_lanes_were_and_that_nobody_waited(tmp_path):
     summary = traced(tmp_path, n_steps=3)[0].summary
-    assert summary.n_marches == 3 and summary.host_syncs == {}
+    assert summary.n_traversals == 3 and summary.host_syncs == {}
     assert all(0.0 < share <= 1.0 for share in summary.busy.values())
 
 
@@ -81,9 +81,9 @@ def test_a_trace_changes_no_bit_of_a_step(tmp_path):
 def test_nobody_listens_behind_the_block_not_even_after_an_error(tmp_path):
     with opened(toy(), tmp_path / "store") as engine:
         with pytest.raises(ZeroDivisionError), zo_trace(engine, tmp_path / "trace.json"):
-            assert spans._listeners
+            assert tracing._listeners
             raise ZeroDivisionError
-        assert not spans._listeners
+        assert not tracing._listeners
     assert not (tmp_path / "trace.json").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_runs(tmp_path):
 def fonts(tmp_path_factory):
     """Drawn once before: matplotlib keeps its font files open."""
     pytest.importorskip("matplotlib")
-    draw_timeline(Timeline(lanes={}, marches=[]), tmp_path_factory.mktemp("fonts") / "picture.png")
+    draw_timeline(Timeline(lanes={}, traversals=[]), tmp_path_factory.mktemp("fonts") / "picture.png")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
@@ -111,11 +111,11 @@ def test_a_timeline_can_be_drawn(tmp_path, fonts, suffix):
 
 
 def test_an_empty_timeline_can_be_drawn(tmp_path, fonts):
-    draw_timeline(Timeline(lanes={}, marches=[]), tmp_path / "picture.png")
+    draw_timeline(Timeline(lanes={}, traversals=[]), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
 
 
 def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):
-        draw_timeline(Timeline(lanes={}, marches=[]), tmp_path / "picture.png")
+        draw_timeline(Timeline(lanes={}, traversals=[]), tmp_path / "picture.png")

@@ -10,7 +10,7 @@ import pytest
 from tests.support.crash_fs import CrashFS
 from tests.support.faulty_fs import FAULTS, INVISIBLE, FaultyFS
 from zo2trl.errors import StoreError
-from zo2trl.tiers.fs import FS
+from zo2trl.files.fs import FS
 
 
 def script(fs: FS, folder: Path) -> bytes:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.journals import HEADER, exact, header_bytes, skip, step, unit, used_bytes, written
 from zo2trl.errors import StoreCorrupt
-from zo2trl.tiers.journal import GROWTH, RECORD_BYTES, Journal, MarkKind
+from zo2trl.journal.journal import GROWTH, RECORD_BYTES, Journal, MarkKind
 from zo2trl.zo.records import Record
 
 N_RECORDS = 100
@@ -36,7 +36,7 @@ def history(seed: int = 0) -> Iterator[Record]:
 
 def hundred_records(path: Path, *, seed: int = 0, store: str = "a") -> dict[int, list[Record]]:
     """Write a journal of 100 records of every type; the history at each length that ends in a whole group."""
-    base = [unit(0, 0, is_origin=True)]
+    base = [unit(0, 0, is_base=True)]
     with Journal.create(path, header={**HEADER, "store": store}, units=base, sync_every=0) as j:
         at: dict[int, list[Record]] = {header_bytes(path): [], used_bytes(path): []}
         for record in history(seed):

@@ -38,7 +38,7 @@ def test_a_thousand_times_open_lease_close_leaves_nothing_behind(tmp_path: Path)
     def cycle(number: int) -> None:
         mode = "read" if number % 3 == 1 and number % 50 else "continue"
         with setup.opened(tmp_path / "store", mode=mode, fs=QuickFS()) as store:
-            with store.lease(store.layout.points[number % 4 + 1]):
+            with store.lease_clean(store.layout.points[number % 4 + 1]):
                 pass
             if number % 50 == 0:
                 store.append(make_record(number + 1))

@@ -96,7 +96,7 @@ def test_whoever_goes_on_after_it_gets_right_weights_or_a_refusal(
 ) -> None:
     """A trainer that halves its batch when memory runs out goes on with the same store."""
     monkeypatch.setattr(rules, "_CPU_CHUNK_TILES", 1)  # so that a resident unit is brought forward in several pieces
-    setup = Setup(layout=small_layout(rest_tiles=3), write_back=1, snapshot=2)
+    setup = Setup(layout=small_layout(root_tiles=3), write_back=1, snapshot=2)
     n_trials = 0
     for nth in range(1, 10_000):
         player = Player(setup, tmp_path / f"{nth}", fs=QuickFS())

@@ -23,7 +23,7 @@ from tests.support.processes import (
     paths_opened,
     unmount,
 )  # fmt: skip
-from zo2trl.tiers.fs import LOCAL
+from zo2trl.files.fs import LOCAL
 
 
 def test_a_child_reports_until_it_is_killed_and_its_last_words_are_kept() -> None:

@@ -108,8 +108,10 @@ def test_sound_weights_are_not_read_twice_for_their_checksums(tmp_path: Path) ->
     with setup.opened(tmp_path, fs=QuickFS()) as store:
         for action in steps(1, 40):
             act(store, action)
-        per_march = sum(s.n_bytes for s in setup.layout.segments if store.tier_of(s.unit) == "disk")
-        assert store.traffic["disk_read"] <= per_march * 42, "40 marches, and what was fetched ahead of the next one"
+        per_traversal = sum(s.n_bytes for s in setup.layout.segments if store.tier_of(s.unit) == "disk")
+        assert store.traffic["disk_read"] <= per_traversal * 42, (
+            "40 traversals, and what was fetched ahead of the next one"
+        )
 
 
 def test_after_damage_was_refused_a_drive_that_is_well_again_goes_on(tmp_path: Path) -> None:

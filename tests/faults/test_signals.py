@@ -20,7 +20,7 @@ from tests.support.models import tiny_model, tiny_rows
 from tests.support.processes import Child, Report, child, single_threaded
 from tests.support.runs import STREAMED_FROM_CPU, STREAMED_FROM_DISK, closing, differing, weights_of, zo_trainer
 from zo2trl.engine.opening import has_run
-from zo2trl.tiers.fs import FS
+from zo2trl.files.fs import FS
 from zo2trl.trainers import mixin
 from zo2trl.trainers.signals import stop_if_asked, stopping_on_signals
 

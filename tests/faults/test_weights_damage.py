@@ -11,9 +11,9 @@ import pytest
 from tests.support.durable import Player, QuickFS, Setup, base_weights, listing, small_layout, state_of, steps
 from tests.support.processes import single_threaded
 from zo2trl.errors import StoreCorrupt, StoreError
-from zo2trl.tiers.fs import FS
-from zo2trl.tiers.journal import UnitRecord
-from zo2trl.tiers.layout import Unit
+from zo2trl.files.fs import FS
+from zo2trl.journal.journal import UnitRecord
+from zo2trl.layout.layout import Unit
 from zo2trl.tiers.tier import host_bytes
 from zo2trl.tiers.unit_files import UnitFiles, file_name
 

@@ -13,7 +13,7 @@ from tests.support.durable import Action, Oracle, Player, QuickFS, Setup, make_r
 from tests.support.faulty_fs import FAULTS, FaultyFS
 from tests.support.processes import single_threaded
 from zo2trl.errors import StoreError
-from zo2trl.tiers import waiting
+from zo2trl.files import waiting
 from zo2trl.tiers.disk import DiskReading
 from zo2trl.tiers.staging import Staging
 from zo2trl.tiers.unit_files import UnitFiles
@@ -33,7 +33,7 @@ class QuickFaultyFS(FaultyFS, QuickFS):
 
 
 def train_until_it_fails(player: Player, first: int) -> tuple[BaseException, float]:
-    """Steps and marches; the first error and how long after the last good action it came."""
+    """Steps and traversals; the first error and how long after the last good action it came."""
     for number in range(first, first + 5):
         for action in [*steps(number, number), Action("settle")]:
             started_s = time.monotonic()
@@ -63,7 +63,7 @@ def test_an_error_of_any_disk_call_in_a_worker_reaches_the_trainer_at_once(tmp_p
         player = Player(SETUP, tmp_path / f"{nth}", fs=fs)
         player.play([*steps(1, 2), Action("settle")])
         fetched = [fetch.job for fetch in player.store._prefetcher._ahead]
-        player.store.homes_changed()  # what was fetched ahead would not be read again
+        player.store.weights_changed()  # what was fetched ahead would not be read again
         wait(fetched)  # nobody would hear of a fault in a read whose bytes are dropped
         fs.only(call, nth)
         error, wait_s = train_until_it_fails(player, 3)
@@ -91,7 +91,7 @@ def test_whatever_else_a_worker_raises_reaches_the_trainer_too(
 ) -> None:
     player = Player(SETUP, tmp_path / "store", fs=QuickFS())
     player.play([*steps(1, 2), Action("settle")])
-    player.store.homes_changed()
+    player.store.weights_changed()
     owner, name = WORK[work]
 
     def fail(*arguments: object, **named: object) -> None:
@@ -123,7 +123,7 @@ def test_a_drive_that_does_not_answer_is_waited_for_and_the_user_is_told(
     fs = QuickFaultyFS()
     player = Player(SETUP, tmp_path / "store", fs=fs)
     player.play([*steps(1, 2), Action("settle")])
-    player.store.homes_changed()
+    player.store.weights_changed()
     with caplog.at_level(logging.WARNING, "zo2trl"):
         with fs.stalled(call):
             thread, _ = in_thread(lambda: player.play([*steps(3, 3), Action("settle")]))

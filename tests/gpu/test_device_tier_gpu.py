@@ -7,7 +7,7 @@ import torch
 
 from tests.support.durable import base_weights
 from tests.support.stores import synthetic_layout
-from zo2trl.tiers.gpu import DeviceTier
+from zo2trl.tiers.device import DeviceTier
 
 pytestmark = [
     pytest.mark.gpu,

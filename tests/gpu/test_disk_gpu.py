@@ -12,15 +12,16 @@ import torch
 from tests.support.durable import QuickFS, base_weights
 from tests.support.stores import synthetic_layout
 from zo2trl.errors import ShortRead
+from zo2trl.files.fs import FS
+from zo2trl.layout.layout import Segment, Unit
+from zo2trl.planning.budgets import TierName
+from zo2trl.planning.placement import Placement
 from zo2trl.tiers import readers, staging
-from zo2trl.tiers.cpu import HostTier
+from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.disk import DiskTier
-from zo2trl.tiers.fs import FS
-from zo2trl.tiers.gpu import DeviceTier
-from zo2trl.tiers.homes import Homes
-from zo2trl.tiers.layout import Segment, Unit
-from zo2trl.tiers.placement import Placement, TierName
+from zo2trl.tiers.host import HostTier
 from zo2trl.tiers.prefetch import Prefetcher
+from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.ring import Region, Slot
 from zo2trl.tiers.staging import N_PIECES_DOWN, N_PIECES_UP, Begun, Staging
 from zo2trl.tiers.three import Tiers
@@ -171,7 +172,7 @@ def test_unpinning_waits_for_the_copies(stage: Staging) -> None:
 
 
 class Rig:
-    """Homes of four-tensor units, in the tiers named, and a prefetcher over them."""
+    """Residency of four-tensor units, in the tiers named, and a prefetcher over them."""
 
     def __init__(self, folder: Path, tiers: str, *, fs: FS | None = None) -> None:
         fs = fs or QuickFS()
@@ -185,18 +186,19 @@ class Rig:
         )  # fmt: skip
         in_cpu = [layout.units[index] for index in placement.units_in("cpu")]
         files = UnitFiles(folder, fs=fs)
-        homes = Tiers(gpu=DeviceTier(CUDA), cpu=HostTier(in_cpu, pinned=True), disk=DiskTier(files, fs=fs))
-        self.homes = Homes(layout, placement, tiers=homes, files=files, device=CUDA)
-        self.homes.found(base_weights, keep_base=False)
-        self.homes.will_write_back = lambda segment: False
-        self.homes.make_staging(largest)
+        residency = Tiers(gpu=DeviceTier(CUDA), cpu=HostTier(in_cpu, pinned=True), disk=DiskTier(files, fs=fs))
+        self.residency = Residency(layout, placement, tiers=residency, files=files, device=CUDA)
+        self.residency.found(base_weights, keep_base=False)
+        self.residency.will_write_back = lambda segment: False
+        self.residency.make_staging(largest)
         self.segments = layout.segments[1:]
         self.fetcher = Prefetcher(
-            self.segments, self.homes.load, ring_bytes=3 * largest, device=CUDA, upcoming=self.homes.read_ahead,
-            on_disk=lambda segment: self.homes.tier_of(segment.unit) == "disk",
+            self.segments, self.residency.load, ring_bytes=3 * largest, device=CUDA,
+            upcoming=self.residency.read_ahead,
+            on_disk=lambda segment: self.residency.tier_of(segment.unit) == "disk",
         )  # fmt: skip
 
-    def march(self) -> list[torch.Tensor]:
+    def traverse(self) -> list[torch.Tensor]:
         """What kernels saw in the slots."""
         seen = []
         for segment in self.segments:
@@ -210,7 +212,7 @@ class Rig:
 
     def __exit__(self, *error: object) -> None:
         self.fetcher.close()
-        self.homes.close()
+        self.residency.close()
 
 
 def bytes_of(segment: Segment) -> torch.Tensor:
@@ -220,57 +222,57 @@ def bytes_of(segment: Segment) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tiers", ["dddd", "dccc", "cdcdcd", "ccdcccdc"])
-def test_disk_and_host_units_arrive_march_after_march(tmp_path: Path, tiers: str) -> None:
+def test_disk_and_host_units_arrive_traversal_after_traversal(tmp_path: Path, tiers: str) -> None:
     with Rig(tmp_path, tiers) as rig:
         wanted = [bytes_of(segment) for segment in rig.segments]
         for _ in range(6):
-            assert all(torch.equal(one, other) for one, other in zip(rig.march(), wanted, strict=True))
+            assert all(torch.equal(one, other) for one, other in zip(rig.traverse(), wanted, strict=True))
 
 
 def test_reading_ahead_is_forgotten_with_what_was_fetched_ahead(tmp_path: Path) -> None:
     with Rig(tmp_path, "dcccd") as rig:
         wanted = [bytes_of(segment) for segment in rig.segments]
         for _ in range(5):
-            rig.march()
+            rig.traverse()
             rig.fetcher.drop()
-        assert all(torch.equal(one, other) for one, other in zip(rig.march(), wanted, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(rig.traverse(), wanted, strict=True))
         rig.fetcher.drop()
         deadline_s = time.monotonic() + 5
         n_pieces = max(unit.n_bytes for unit in on_disk(rig)) // min(PIECE, largest_segment(rig))
-        while rig.homes._staging._ahead.qsize() < n_pieces:
+        while rig.residency._staging._ahead.qsize() < n_pieces:
             assert time.monotonic() < deadline_s, "pieces of forgotten readings do not come back"
             time.sleep(0.01)
 
 
 def on_disk(rig: Rig) -> list[Unit]:
-    return [unit for unit in rig.homes.layout.units if rig.homes.tier_of(unit) == "disk"]
+    return [unit for unit in rig.residency.layout.units if rig.residency.tier_of(unit) == "disk"]
 
 
 def largest_segment(rig: Rig) -> int:
     return max(segment.n_bytes for segment in rig.segments)
 
 
-def test_a_write_back_from_the_device_is_what_the_next_march_reads(tmp_path: Path) -> None:
+def test_a_write_back_from_the_device_is_what_the_next_traversal_reads(tmp_path: Path) -> None:
     with Rig(tmp_path, "dcd") as rig:
-        rig.march()
+        rig.traverse()
         units = on_disk(rig)
         for segment in (s for s in rig.segments if s.unit in units):
             weights = torch.full((segment.n_bytes,), segment.index, dtype=torch.uint8, device=CUDA)
-            rig.homes.write_back(segment, weights, position=1).result()
-        rig.homes.settle()  # a unit's new version is there when the last of its segments was written
+            rig.residency.write_back(segment, weights, position=1).result()
+        rig.residency.settle()  # a unit's new version is there when the last of its segments was written
         rig.fetcher.drop()
-        for segment, seen in zip(rig.segments, rig.march(), strict=True):
+        for segment, seen in zip(rig.segments, rig.traverse(), strict=True):
             if segment.unit in units:
                 assert bool((seen == segment.index).all())
             else:
                 assert torch.equal(seen, bytes_of(segment))
 
 
-def test_a_file_that_somebody_cuts_is_an_error_in_the_march_and_not_a_hang(tmp_path: Path) -> None:
+def test_a_file_that_somebody_cuts_is_an_error_in_the_traversal_and_not_a_hang(tmp_path: Path) -> None:
     with Rig(tmp_path, "dddd") as rig:
-        rig.march()
+        rig.traverse()
         for path in tmp_path.iterdir():
             os.truncate(path, 4096)
         rig.fetcher.drop()
         with pytest.raises(ShortRead, match="ended too early"):
-            rig.march()
+            rig.traverse()

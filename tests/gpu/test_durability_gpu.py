@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from tests.support.models import tiny_batch, tiny_model
+from zo2trl.checkpoints.export import export_store
+from zo2trl.engine.open_store import Mode
 from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.precision import fp32_heads
-from zo2trl.engine.runs import Mode
 from zo2trl.errors import StoreForeign
-from zo2trl.tiers.export import export_store
-from zo2trl.tiers.journal import Journal
-from zo2trl.tiers.placement import Budgets
+from zo2trl.journal.journal import Journal
+from zo2trl.planning.budgets import Budgets
 
 pytestmark = [
     pytest.mark.gpu,

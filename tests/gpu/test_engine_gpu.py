@@ -10,7 +10,7 @@ from torch import nn
 from tests.support.models import tiny_batch, tiny_model
 from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
 from zo2trl.engine.precision import fp32_heads
-from zo2trl.tiers.placement import Budgets
+from zo2trl.planning.budgets import Budgets
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,7 +120,7 @@ def test_a_journal_written_on_a_gpu_replays_to_the_same_weights_on_the_cpu(
     replayed.shutdown()
 
 
-def test_the_model_runs_and_generates_outside_a_march_on_a_gpu(tmp_path: Path) -> None:
+def test_the_model_runs_and_generates_outside_a_traversal_on_a_gpu(tmp_path: Path) -> None:
     model = tiny_model("opt")
     batch = {key: value.cuda() for key, value in tiny_batch("opt").items()}
     wanted = tiny_model("opt").cuda().generate(batch["input_ids"], max_new_tokens=5, do_sample=False)

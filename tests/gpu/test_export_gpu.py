@@ -8,8 +8,8 @@ import torch
 
 from tests.support.made_store import assert_same_files, make_run, saver
 from tests.support.models import tiny_model
+from zo2trl.checkpoints.export import export_store
 from zo2trl.errors import StoreForeign
-from zo2trl.tiers.export import export_store
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from zo2trl.zo.noise import TILE, TileMap, make_noise, rounding_bits
+from zo2trl.zo.noise import make_noise, rounding_bits
+from zo2trl.zo.tiles import TILE, TileMap
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -49,7 +50,7 @@ def test_all_65536_deviates_are_met_and_equal():
 
 
 def test_debug_mode_and_other_numbers_of_warps_change_no_deviate():
-    from zo2trl.zo import noise_triton
+    from zo2trl.zo.kernels import noise_triton
 
     tiles = TileMap.for_tensors([(5, 3 * TILE)])
     wanted = filled("gaussian", 4, tiles, "cpu")
@@ -100,7 +101,7 @@ def test_buffers_beyond_two_billion_elements_are_filled_to_the_end():
 
 
 def test_seeds_do_not_compile_new_kernels():
-    from zo2trl.zo import noise_triton
+    from zo2trl.zo.kernels import noise_triton
 
     tiles = TileMap.for_tensors([(1, 2 * TILE)])
     filled("gaussian", 3, tiles, "cuda")

@@ -12,9 +12,10 @@ import torch
 from tests.support.models import tiny_batch, tiny_model
 from tests.support.stores import synthetic_layout
 from zo2trl.engine.opening import EngineOptions, open_engine
-from zo2trl.tiers.cpu import HostTier
-from zo2trl.tiers.layout import Segment
-from zo2trl.tiers.placement import Budgets, place_again
+from zo2trl.layout.layout import Segment
+from zo2trl.planning.budgets import Budgets
+from zo2trl.planning.placement import place_again
+from zo2trl.tiers.host import HostTier
 from zo2trl.tiers.prefetch import Arrival, Fetch, Prefetcher, Slot
 from zo2trl.tiers.staging import Staging
 
@@ -26,7 +27,7 @@ LEAVES = synthetic_layout([[1, 4, 4, 2], [1, 6, 1, 3], [2, 2, 5], [3, 3, 1, 1, 1
 LARGEST = max(segment.n_bytes for segment in LEAVES)
 
 
-class Homes:
+class Residency:
     """Pinned bytes that tell their segment and round; uploads may be late."""
 
     def __init__(self, *, late: int = 0) -> None:
@@ -73,8 +74,8 @@ class Reader:
 @pytest.mark.parametrize("size", [1, 2, 2.5, 3])
 @pytest.mark.parametrize(("upload", "compute"), [(0, LATE), (LATE, 0), (LATE, LATE), (0, 0)])
 def test_late_streams_never_show_a_wrong_byte_and_addresses_stay(size: float, upload: int, compute: int) -> None:
-    homes = Homes(late=upload)
-    reader = Reader(Prefetcher(LEAVES, homes.load, ring_bytes=int(size * LARGEST), device=GPU), late=compute)
+    residency = Residency(late=upload)
+    reader = Reader(Prefetcher(LEAVES, residency.load, ring_bytes=int(size * LARGEST), device=GPU), late=compute)
     for _ in range(4):
         for segment in LEAVES:
             reader.visit(segment)
@@ -85,8 +86,8 @@ def test_late_streams_never_show_a_wrong_byte_and_addresses_stay(size: float, up
 @pytest.mark.parametrize(("upload", "compute"), [(0, LATE), (LATE, 0), (LATE, LATE)])
 def test_neither_does_asking_in_any_order_or_forgetting_what_was_fetched(upload: int, compute: int) -> None:
     draw = random.Random(7)
-    homes = Homes(late=upload)
-    reader = Reader(Prefetcher(LEAVES, homes.load, ring_bytes=2 * LARGEST, device=GPU), late=compute)
+    residency = Residency(late=upload)
+    reader = Reader(Prefetcher(LEAVES, residency.load, ring_bytes=2 * LARGEST, device=GPU), late=compute)
     for _ in range(120):
         if draw.random() < 0.2:
             reader.fetcher.drop()
@@ -98,8 +99,8 @@ def test_neither_does_asking_in_any_order_or_forgetting_what_was_fetched(upload:
 
 def test_a_write_back_that_is_late_reads_what_was_in_the_slot() -> None:
     down, writer = torch.cuda.Stream(GPU), ThreadPoolExecutor(1)
-    homes = Homes()
-    fetcher = Prefetcher(LEAVES, homes.load, ring_bytes=2 * LARGEST, device=GPU)
+    residency = Residency()
+    fetcher = Prefetcher(LEAVES, residency.load, ring_bytes=2 * LARGEST, device=GPU)
     reader = Reader(fetcher)
     written: list[tuple[Segment, torch.Tensor]] = []
 
@@ -123,8 +124,8 @@ def test_a_write_back_that_is_late_reads_what_was_in_the_slot() -> None:
 
 
 def test_the_host_never_waits_for_the_device_while_segments_pass() -> None:
-    homes = Homes()
-    reader = Reader(Prefetcher(LEAVES, homes.load, ring_bytes=2 * LARGEST, device=GPU), late=10 * LATE)
+    residency = Residency()
+    reader = Reader(Prefetcher(LEAVES, residency.load, ring_bytes=2 * LARGEST, device=GPU), late=10 * LATE)
     for segment in LEAVES:  # the threads and kernels are there from here on
         reader.visit(segment)
     torch.cuda.synchronize()
@@ -144,13 +145,13 @@ def test_the_host_never_waits_for_the_device_while_segments_pass() -> None:
 
 def test_a_new_ring_does_not_overwrite_what_late_kernels_still_read() -> None:
     n_bytes = 64 << 20  # so that the allocator gives the ring the very memory that was freed
-    homes = Homes()
+    residency = Residency()
     before = torch.full((n_bytes,), 5, dtype=torch.uint8, device=GPU)
     torch.cuda._sleep(50 * LATE)
     total = before.sum()  # reads it without a copy, whose memory the ring might get instead
     address = before.data_ptr()
     del before
-    fetcher = Prefetcher(LEAVES, homes.load, ring_bytes=n_bytes, device=GPU)
+    fetcher = Prefetcher(LEAVES, residency.load, ring_bytes=n_bytes, device=GPU)
     fetch, _ = fetcher.take(LEAVES[0])
     assert fetch.wire.data_ptr() == address, "the case this test is about"
     fetcher.give_back(fetch)
@@ -161,7 +162,7 @@ def test_a_new_ring_does_not_overwrite_what_late_kernels_still_read() -> None:
 
 def test_uploads_that_nobody_took_do_not_reach_whoever_gets_the_rings_memory_next() -> None:
     n_bytes = 64 << 20
-    fetcher = Prefetcher(LEAVES, Homes(late=20 * LATE).load, ring_bytes=n_bytes, device=GPU)
+    fetcher = Prefetcher(LEAVES, Residency(late=20 * LATE).load, ring_bytes=n_bytes, device=GPU)
     fetch, _ = fetcher.take(LEAVES[0])
     address = fetch.wire.data_ptr()
     fetcher.give_back(fetch)
@@ -230,8 +231,8 @@ def _trained(
     for step in range(6):
         if step in moves:
             layout, placement = engine.store.layout, engine.store.placement
-            homes = replace(placement, tier_of={**placement.tier_of, **moves[step]})
-            engine.regranulate(layout, place_again(layout, homes, plenty))
+            residency = replace(placement, tier_of={**placement.tier_of, **moves[step]})
+            engine.relayout(layout, place_again(layout, residency, plenty))
         estimate = engine.step([lambda: model(**batch).loss], step=step)
         losses += [estimate.loss_plus, estimate.loss_minus]
         engine.commit(learning_rate=1e-2, weight_decay=0.1)

@@ -10,7 +10,7 @@ from tests.support.models import tiny_batch, tiny_model
 from zo2trl.engine.heads import deferring_logits, hook_heads
 from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.trace import Trace, read_trace, zo_trace
-from zo2trl.tiers.placement import Budgets
+from zo2trl.planning.budgets import Budgets
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +63,7 @@ def test_every_unit_is_on_every_lane_it_passes(tmp_path: Path, cpu: int) -> None
     lanes = trace.timeline.lanes
     on_disk = [] if cpu else ["disk reads", "disk writes"]
     assert list(lanes) == ["visits", "compute", "upload", "download", *on_disk]
-    assert len(trace.timeline.marches) == N_STEPS
+    assert len(trace.timeline.traversals) == N_STEPS
     for lane in ("compute", "upload", "download", *on_disk):
         assert {interval.name for interval in lanes[lane]} >= streamed, lane
     assert read_trace(tmp_path / "trace.json") == trace.timeline

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from zo2trl.zo.noise import TILE, TileMap, make_noise
+from zo2trl.zo.noise import make_noise
 from zo2trl.zo.records import SkipRecord, StepRecord
-from zo2trl.zo.rules import Displaced, Span, UpdateRule
+from zo2trl.zo.rules import UpdateRule
+from zo2trl.zo.tiles import TILE, Perturbed, Span, TileMap
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -37,7 +38,7 @@ def a_span(dtype: torch.dtype, *, decays: bool = False) -> Span:
 def visited(rule, span, weights, records, *, coefficients=(), device, keep=True):
     """The weights and the probes of one visit, on the CPU."""
     weights = weights.to(device, copy=True)
-    probes = [Displaced(99, coefficient, torch.zeros_like(weights)) for coefficient in coefficients]
+    probes = [Perturbed(99, coefficient, torch.zeros_like(weights)) for coefficient in coefficients]
     rule.visit(weights, [span], records, probes=probes, keep=keep)
     return [weights.cpu()] * keep + [probe.into.cpu() for probe in probes]
 
@@ -80,7 +81,7 @@ def test_the_last_probe_may_take_the_place_of_the_clean_weights(dtype):
     weights = some_weights(span).cuda()
     plus = torch.zeros_like(weights)
     wanted = visited(rule, span, weights, records, coefficients=(1e-2, -1e-2), device="cpu")
-    rule.visit(weights, [span], records, probes=[Displaced(99, 1e-2, plus), Displaced(99, -1e-2, weights)], keep=False)
+    rule.visit(weights, [span], records, probes=[Perturbed(99, 1e-2, plus), Perturbed(99, -1e-2, weights)], keep=False)
     assert torch.equal(plus.cpu(), wanted[1]) and torch.equal(weights.cpu(), wanted[2])
 
 
@@ -121,14 +122,14 @@ def test_nothing_outside_the_spans_is_touched():
     rule = UpdateRule(noise=make_noise("rademacher"), rounding="stochastic")
     before = torch.randint(0, 255, (8 * TILE,), dtype=torch.uint8)
     weights, into = before.cuda(), torch.zeros(8 * TILE, dtype=torch.uint8, device="cuda")
-    rule.visit(weights, [span], [step(1)], probes=[Displaced(99, 1e-2, into)])
+    rule.visit(weights, [span], [step(1)], probes=[Perturbed(99, 1e-2, into)])
     outside = torch.ones(8 * TILE, dtype=torch.bool)
     outside[2 * TILE : 6 * TILE] = False
     assert torch.equal(weights.cpu()[outside], before[outside]) and not into.cpu()[outside].any()
 
 
 def test_neither_seeds_nor_numbers_of_steps_compile_new_kernels():
-    from zo2trl.zo import visit_triton
+    from zo2trl.zo.kernels import visit_triton
 
     span = a_span(torch.bfloat16)
     rule = UpdateRule(noise=make_noise("rademacher"), rounding="nearest")

@@ -170,7 +170,7 @@ def test_evaluation_gives_the_same_bits_batched_and_one_by_one(
         trainer.train()
         trainer.data_collator = default_data_collator
         together, predicted = trainer.evaluate()["eval_loss"], trainer.predict(trainer.eval_dataset)
-        monkeypatch.setattr("zo2trl.trainers.evaluation.MAX_BATCHES_PER_MARCH", 1)
+        monkeypatch.setattr("zo2trl.trainers.evaluation.MAX_BATCHES_PER_TRAVERSAL", 1)
         one_by_one, alone = trainer.evaluate()["eval_loss"], trainer.predict(trainer.eval_dataset)
         model = trainer.model
         trainer.engine.shutdown()

@@ -20,20 +20,20 @@ from transformers import get_scheduler
 from tests.support.hostile import mutated
 from tests.support.made_store import make_run
 from tests.support.models import tiny_model
+from zo2trl.checkpoints.export import export_store
+from zo2trl.checkpoints.load import load_mapped
+from zo2trl.checkpoints.model_files import ModelFiles
+from zo2trl.checkpoints.stored_run import StoredRun, rule_of
+from zo2trl.checkpoints.verify import verify_store
+from zo2trl.checkpoints.weight_files import indexed_files
 from zo2trl.errors import ZO2TRLError
-from zo2trl.tiers.export import export_store
+from zo2trl.journal.format import CRC, RECORD_BYTES, chain, crc_at, encode_header, parse_header
+from zo2trl.journal.journal import Journal
+from zo2trl.journal.logbook import Logbook
+from zo2trl.layout.layout_file import read_layout
 from zo2trl.tiers.folder import StoreFolder
-from zo2trl.tiers.ingest import load_mapped
-from zo2trl.tiers.journal import Journal
-from zo2trl.tiers.journal_format import CRC, RECORD_BYTES, chain, crc_at, encode_header, parse_header
-from zo2trl.tiers.layout_file import read_layout
-from zo2trl.tiers.logbook import Logbook
-from zo2trl.tiers.model_files import ModelFiles
-from zo2trl.tiers.stored_run import StoredRun, rule_of
-from zo2trl.tiers.verify import verify_store
-from zo2trl.tiers.weight_files import indexed_files
-from zo2trl.trainers import checkpoint, states
-from zo2trl.trainers.checkpoint import Pointer, commit_checkpoint, read_checkpoint
+from zo2trl.trainers.resume import checkpoint, states
+from zo2trl.trainers.resume.checkpoint import Pointer, commit_checkpoint, read_checkpoint
 
 MAX_S = 1.0
 MAX_EXTRA_BYTES = 100 * 2**20

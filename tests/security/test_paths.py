@@ -13,16 +13,16 @@ from tests.support.hostile import BAIT, N_NAMES, hostile_names, opening_nothing_
 from tests.support.models import tiny_model, tiny_rows
 from tests.support.runs import QUIET, closing, weights_of
 from zo2trl import ZOConfig, ZOTrainer
+from zo2trl.checkpoints.convert import convert_checkpoint
+from zo2trl.checkpoints.load import load_mapped
+from zo2trl.checkpoints.model_files import ModelFiles, describe_model
 from zo2trl.errors import CheckpointError, StoreCorrupt, UnsupportedError, ZO2TRLError
-from zo2trl.tiers.convert import convert_checkpoint
-from zo2trl.tiers.ingest import load_mapped
-from zo2trl.tiers.journal_format import UnitRecord
-from zo2trl.tiers.layout import plan_layout
-from zo2trl.tiers.layout_file import read_layout, write_layout
-from zo2trl.tiers.model_files import ModelFiles, describe_model
+from zo2trl.journal.format import UnitRecord
+from zo2trl.layout.layout import plan_layout
+from zo2trl.layout.layout_file import read_layout, write_layout
 from zo2trl.tiers.unit_files import UnitFiles
-from zo2trl.trainers import checkpoint
-from zo2trl.trainers.checkpoint import Pointer, commit_checkpoint, read_checkpoint
+from zo2trl.trainers.resume import checkpoint
+from zo2trl.trainers.resume.checkpoint import Pointer, commit_checkpoint, read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_names_of_units_never_leave_the_folder_of_units(tmp_path: Path) -> None:
             continue
         n_read += 1
         files = UnitFiles(path.parent / "units")
-        record = UnitRecord(unit=0, position=3, edition=0, n_bytes=1, crc=0, is_origin=True)
+        record = UnitRecord(unit=0, position=3, revision=0, n_bytes=1, crc=0, is_base=True)
         found = files.path(stored.units[0], record)
         assert found.parent == path.parent / "units" and "\0" not in found.name, label
         assert found.name not in (".", "..") and "/" not in found.name, label

@@ -17,11 +17,11 @@ from tests.support.hostile import malicious, malicious_archive
 from tests.support.models import tiny_model, tiny_rows
 from tests.support.processes import audited
 from tests.support.runs import closing, sft_trainer, zo_trainer
+from zo2trl.checkpoints.convert import convert_checkpoint
+from zo2trl.checkpoints.load import load_mapped
 from zo2trl.errors import CheckpointError, UnsupportedError
-from zo2trl.tiers.convert import convert_checkpoint
-from zo2trl.tiers.ingest import load_mapped
-from zo2trl.trainers import checkpoint
-from zo2trl.trainers.checkpoint import Pointer, commit_checkpoint, read_checkpoint
+from zo2trl.trainers.resume import checkpoint
+from zo2trl.trainers.resume.checkpoint import Pointer, commit_checkpoint, read_checkpoint
 
 PACKAGE = Path(__file__).resolve().parents[2] / "zo2trl"
 UPSTREAM_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "training_args.bin", "rng_state_0.pth")
@@ -199,8 +199,8 @@ DANGEROUS_CALLS = ("eval", "exec", "compile", "__import__", "os.system", "os.pop
 DANGEROUS_MODULES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml",
                      "subprocess", "runpy", "code", "ctypes")  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
-    "tiers/convert.py": {"torch.load"},
-    "tiers/heap.py": {"ctypes"},  # one function of the C library, by its name, with a constant
+    "checkpoints/convert.py": {"torch.load"},
+    "files/malloc_trim.py": {"ctypes"},  # one function of the C library, by its name, with a constant
     "cli/training.py": {"subprocess"},  # names the error of accelerate's launcher
     "trainers/scripts.py": {"yaml"},  # names the parser's error; TRL's parser reads the file, safely
 }

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.support.models import tiny_model
+from zo2trl.checkpoints.load import load_mapped
 from zo2trl.errors import CheckpointError
-from zo2trl.tiers.ingest import load_mapped
 
 MAX_S = 1.0
 MAX_EXTRA_BYTES = 100 * 2**20

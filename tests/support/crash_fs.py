@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from zo2trl.tiers.fs import FS
+from zo2trl.files.fs import FS
 
 SECTOR = 512
 ROOT = 0

@@ -15,12 +15,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from tests.support.stores import CPU, rule, synthetic_layout
-from zo2trl.engine.runs import Mode, Run, open_run
+from zo2trl.engine.open_store import Mode, StoreSpec, open_store
+from zo2trl.files.fs import FS, LOCAL
+from zo2trl.layout.layout import Layout, TensorSpec
+from zo2trl.planning.budgets import TierName
+from zo2trl.planning.placement import Placement
+from zo2trl.planning.write_schedule import WriteSchedule
 from zo2trl.tiers.folder import StoreFolder
-from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.layout import Layout, TensorSpec
-from zo2trl.tiers.placement import Placement, TierName
-from zo2trl.tiers.rhythm import Rhythm
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import carve
 from zo2trl.zo.records import Record, SkipRecord, StepRecord
@@ -39,9 +40,9 @@ class QuickFS(FS):
         pass
 
 
-def small_layout(*, by_leaf: bool = False, frozen: bool = False, rest_tiles: int = 1) -> Layout:
-    """Outside the blocks `rest_tiles`, then blocks of one, two and one; `frozen` freezes the first block's tensor."""
-    layout = synthetic_layout([[1], [1, 1] if by_leaf else [2], [1]], rest_tiles=rest_tiles)
+def small_layout(*, by_leaf: bool = False, frozen: bool = False, root_tiles: int = 1) -> Layout:
+    """Outside the blocks `root_tiles`, then blocks of one, two and one; `frozen` freezes the first block's tensor."""
+    layout = synthetic_layout([[1], [1, 1] if by_leaf else [2], [1]], root_tiles=root_tiles)
     if frozen:
         layout = _freeze(layout, "t1")
     return replace(layout, leaf_blocks=frozenset({"block2"} if by_leaf else ()))
@@ -91,7 +92,7 @@ class Setup:
         try:
             if mode == "continue" and not folder.recall_run():
                 raise FileNotFoundError(f"no run in {path}")
-            return open_run(folder, self.run(), lambda spec: base_weights(spec, seed=seed), mode=mode, fs=fs)
+            return open_store(folder, self.run(), lambda spec: base_weights(spec, seed=seed), mode=mode, fs=fs)
         except BaseException:
             folder.close()
             raise
@@ -105,12 +106,12 @@ class Setup:
         finally:
             store.close()
 
-    def run(self) -> Run:
-        """What `open_run` asks for."""
+    def run(self) -> StoreSpec:
+        """What `open_store` asks for."""
         every: dict[TierName, int] = {"cpu": self.write_back, "disk": self.write_back}
-        return Run(
+        return StoreSpec(
             layout=self.layout, placement=self.placement(), rule=self.rule, device=CPU,
-            rhythm=Rhythm(write_back=every, snapshot=self.snapshot), facts={"decays": [], "seed": 0},
+            write_schedule=WriteSchedule(write_back=every, snapshot=self.snapshot), facts={"decays": [], "seed": 0},
             base_folder=None if self.keep_base else "somewhere", sync_every=self.sync_every,
             describe=lambda folder: None,
         )  # fmt: skip
@@ -215,15 +216,15 @@ def make_skip(step: int) -> SkipRecord:
 
 
 def visit(store: TieredStore) -> Bytes:
-    """One march over every point: what was lent."""
+    """One traversal over every point: what was lent."""
     lent: Bytes = {}
     for point in store.layout.points:
-        with store.lease(point) as weights:
+        with store.lease_clean(point) as weights:
             for segment, buffer in zip(point.segments, weights, strict=True):
                 for spec in segment.tensors:
                     start = spec.byte_offset - segment.byte_start
                     lent[spec.name] = buffer[start : start + spec.n_padded_bytes].numpy().tobytes()
-    store.end_march()
+    store.end_traversal()
     return lent
 
 
@@ -263,7 +264,7 @@ class Action(NamedTuple):
 
 
 def steps(first: int, last: int, *, visits: bool = True) -> list[Action]:
-    """Training: each step is followed by a march that absorbs it."""
+    """Training: each step is followed by a traversal that absorbs it."""
     actions: list[Action] = []
     for number in range(first, last + 1):
         actions.append(Action("skip" if number % 5 == 4 else "step", number, directions=1 + 3 * (number % 3)))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from zo2trl.tiers.fs import FS, _naming
+from zo2trl.files.fs import FS, _naming
 
 _CHANGES = ("create", "write_some", "sync_data", "sync_folder", "rename", "unlink", "remove", "make_dir")
 _LOOKS = ("open", "read_some", "map_open", "list_names", "exists", "free_bytes", "size")

@@ -3,7 +3,7 @@
 import zlib
 from pathlib import Path
 
-from zo2trl.tiers.journal import JSON, RECORD_BYTES, Journal, UnitRecord
+from zo2trl.journal.journal import JSON, RECORD_BYTES, Journal, UnitRecord
 from zo2trl.zo.records import Record, SkipRecord, StepRecord
 
 HEADER: dict[str, JSON] = {"noise": "philox4x32-10/rademacher-1", "layout": "abc", "nested": {"b": [1, None, 2.5]}}
@@ -21,9 +21,9 @@ def skip(number: int) -> SkipRecord:
     return SkipRecord(step=number, seed=number, loss_plus=float("nan"), loss_minus=float("-inf"))
 
 
-def unit(index: int, position: int, edition: int = 0, *, is_origin: bool = False) -> UnitRecord:
-    crc = zlib.crc32(bytes([index, position % 256, edition]))
-    return UnitRecord(index, position, edition, n_bytes=4096 * index, crc=crc, is_origin=is_origin)
+def unit(index: int, position: int, revision: int = 0, *, is_base: bool = False) -> UnitRecord:
+    crc = zlib.crc32(bytes([index, position % 256, revision]))
+    return UnitRecord(index, position, revision, n_bytes=4096 * index, crc=crc, is_base=is_base)
 
 
 def written(path: Path, *records: Record, header: dict[str, JSON] | None = None) -> Path:

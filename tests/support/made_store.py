@@ -21,7 +21,7 @@ from tests.support.models import tiny_model
 from tests.support.toys import options
 from zo2trl.engine.opening import open_engine
 from zo2trl.engine.step import Engine
-from zo2trl.tiers.journal import Journal
+from zo2trl.journal.journal import Journal
 from zo2trl.zo.records import Record, SkipRecord, StepRecord
 
 tqdm.tqdm.monitor_interval = 0  # transformers' first bar would start a thread that stays

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zo2trl.zo.noise import TILE, TileMap, derive_seed, make_noise
+from zo2trl.zo.noise import make_noise
+from zo2trl.zo.seeds import derive_seed
+from zo2trl.zo.tiles import TILE, TileMap
 
 Loss = Callable[[], torch.Tensor]
 

@@ -94,7 +94,7 @@ class Child:
             said.append(value)
         return said
 
-    def rest_if_any(self) -> list[Any]:
+    def root_if_any(self) -> list[Any]:
         """Everything it has reported by now; for when its own children keep the pipe open."""
         said = []
         while b"\n" in self._rest or select.select([self._pipe], [], [], 0)[0]:

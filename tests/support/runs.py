@@ -13,7 +13,7 @@ from transformers import default_data_collator
 from tests.support.tokenizer import SUBJECTS, VERDICTS, tiny_tokenizer
 from zo2trl import ZOConfig, ZOSFTConfig, ZOSFTTrainer, ZOTrainer
 from zo2trl.engine.opening import plan_engine
-from zo2trl.tiers.placement import RING_SEGMENTS, Placement
+from zo2trl.planning.placement import RING_SEGMENTS, Placement
 
 QUIET: dict[str, Any] = {
     "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no",
@@ -91,7 +91,7 @@ def budgets_for_all_tiers(trainer_of: Callable[..., Any], granularity: str) -> d
     return {"device_memory": device, "cpu_memory": 2 * max(blocks), "granularity": granularity}
 
 
-_OUTSIDE = ("rest", "shared")
+_OUTSIDE = ("root", "shared")
 
 
 def tiers_of(trainer: Any) -> set[str]:

@@ -7,30 +7,32 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from zo2trl.tiers.cpu import HostTier
+from zo2trl.files.fs import FS, LOCAL
+from zo2trl.journal.journal import Journal
+from zo2trl.journal.logbook import Logbook
+from zo2trl.layout.layout import Layout, Segment, TensorSpec, Unit, VisitPoint, plan_layout
+from zo2trl.planning.budgets import Budgets
+from zo2trl.planning.placement import Placement, place
+from zo2trl.planning.write_schedule import WriteSchedule
+from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.disk import DiskTier
-from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.gpu import DeviceTier
-from zo2trl.tiers.homes import Homes
-from zo2trl.tiers.journal import Journal
-from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit, VisitPoint, plan_layout
-from zo2trl.tiers.logbook import Logbook
-from zo2trl.tiers.placement import Budgets, Placement, place
-from zo2trl.tiers.rhythm import Rhythm
+from zo2trl.tiers.host import HostTier
+from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.three import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
-from zo2trl.zo.noise import TILE, TileMap, make_noise
+from zo2trl.zo.noise import make_noise
 from zo2trl.zo.records import StepRecord
-from zo2trl.zo.rules import Rounding, Span, UpdateRule
+from zo2trl.zo.rules import Rounding, UpdateRule
+from zo2trl.zo.tiles import TILE, Span, TileMap
 
 CPU = torch.device("cpu")
 
 
-def synthetic_layout(blocks: Sequence[Sequence[int]], *, rest_tiles: int = 1, trainable: bool = True) -> Layout:
+def synthetic_layout(blocks: Sequence[Sequence[int]], *, root_tiles: int = 1, trainable: bool = True) -> Layout:
     """A layout of blocks given as tiles per leaf (fp32), visited leaf by leaf; no model behind it."""
     units, points, next_id = [], [], 0
-    for index, leaves in enumerate([[rest_tiles], *blocks]):
+    for index, leaves in enumerate([[root_tiles], *blocks]):
         specs, offset = [], 0
         for n_tiles in leaves:
             specs.append(
@@ -38,8 +40,8 @@ def synthetic_layout(blocks: Sequence[Sequence[int]], *, rest_tiles: int = 1, tr
                            byte_offset=offset, trainable=trainable, decays=False)
             )  # fmt: skip
             next_id, offset = next_id + 1, offset + specs[-1].n_padded_bytes
-        kind = "block" if index else "rest"
-        units.append(Unit(index=index, name=f"block{index}" if index else "rest", kind=kind, tensors=tuple(specs)))
+        kind = "block" if index else "root"
+        units.append(Unit(index=index, name=f"block{index}" if index else "root", kind=kind, tensors=tuple(specs)))
         points += [(units[-1], spec) for spec in specs]
     return Layout(
         units=tuple(units), points=tuple(_point(i, unit, spec) for i, (unit, spec) in enumerate(points)),
@@ -101,13 +103,13 @@ def make_store(
     fs.make_dir(folder / "units")
     files = UnitFiles(folder / "units", fs=fs)
     tiers = Tiers(gpu=DeviceTier(CPU), cpu=HostTier(in_cpu, pinned=False), disk=disk(files, fs=fs))
-    homes = Homes(layout, placement, tiers=tiers, files=files, device=CPU)
-    homes.found(source_of(model), keep_base=False)
+    residency = Residency(layout, placement, tiers=tiers, files=files, device=CPU)
+    residency.found(source_of(model), keep_base=False)
     journal = Journal.create(folder / "journal", header={}, units=files.founding, sync_every=0)
     files.attach(journal, layout.units)
     return TieredStore(
-        homes, journal=journal, logbook=Logbook.open(folder / "logbook"), rule=rule(), device=CPU,
-        rhythm=Rhythm(write_back={"cpu": every, "disk": every}, snapshot=snapshot),
+        residency, journal=journal, logbook=Logbook.open(folder / "logbook"), rule=rule(), device=CPU,
+        write_schedule=WriteSchedule(write_back={"cpu": every, "disk": every}, snapshot=snapshot),
     )  # fmt: skip
 
 
@@ -121,16 +123,16 @@ def open_store(model: nn.Module, folder: Path, **choices) -> Iterator[TieredStor
 
 
 def visit_all(store: TieredStore) -> dict[str, torch.Tensor]:
-    """One march's visits; copies of the tensors that were lent."""
+    """One traversal's visits; copies of the tensors that were lent."""
     lent: dict[str, torch.Tensor] = {}
     for point in store.layout.points:
-        with store.lease(point) as weights:
+        with store.lease_clean(point) as weights:
             for segment, buffer in zip(point.segments, weights, strict=True):
                 for spec in segment.tensors:
                     start = spec.byte_offset - segment.byte_start
                     flat = buffer[start : start + spec.n_bytes].view(spec.dtype)
                     lent[spec.name] = flat.view(spec.shape).clone()
-    store.end_march()
+    store.end_traversal()
     return lent
 
 

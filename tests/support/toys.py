@@ -15,8 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.step import Engine
-from zo2trl.tiers.placement import Budgets
-from zo2trl.zo.noise import TILE, TileMap, derive_seed, make_noise
+from zo2trl.planning.budgets import Budgets
+from zo2trl.zo.noise import make_noise
+from zo2trl.zo.seeds import derive_seed
+from zo2trl.zo.tiles import TILE, TileMap
 
 WIDTH = 48
 VOCABULARY = 32

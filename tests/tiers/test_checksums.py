@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zo2trl.layout.layout import TensorSpec
 from zo2trl.tiers.checksums import TensorSums, combine_crcs
-from zo2trl.tiers.layout import TensorSpec
 from zo2trl.tiers.unit_files import padded_crc
-from zo2trl.zo.noise import TILE
+from zo2trl.zo.tiles import TILE
 
 
 def tensors(*numels: int, dtype: torch.dtype = torch.uint8) -> list[TensorSpec]:

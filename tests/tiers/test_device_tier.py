@@ -4,12 +4,12 @@ import torch
 
 from tests.support.durable import base_weights
 from tests.support.stores import CPU, synthetic_layout
-from zo2trl.tiers.gpu import DeviceTier
+from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.tier import tensor_view
 
 
 def test_units_that_never_leave_share_memory_that_no_other_unit_is_in() -> None:
-    layout = synthetic_layout([[2], [1, 1]], rest_tiles=3)
+    layout = synthetic_layout([[2], [1, 1]], root_tiles=3)
     permanent = [unit for unit in layout.units if unit.is_resident]
     tier = DeviceTier(CPU, permanent)
     for unit in layout.units:

@@ -17,9 +17,9 @@ from tests.support.durable import QuickFS, base_weights
 from tests.support.faulty_fs import FaultyFS
 from tests.support.stores import synthetic_layout
 from zo2trl.errors import ShortRead, StoreCorrupt, StoreError
+from zo2trl.files.fs import FS
+from zo2trl.layout.layout import Unit
 from zo2trl.tiers.disk import CHECK_EVERY, DiskTier, VersionHome
-from zo2trl.tiers.fs import FS
-from zo2trl.tiers.layout import Unit
 from zo2trl.tiers.readers import aligned_bytes
 from zo2trl.tiers.tier import host_bytes
 from zo2trl.tiers.unit_files import UnitFiles

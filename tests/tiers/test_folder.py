@@ -7,9 +7,9 @@ import pytest
 
 from tests.support.stores import record
 from zo2trl.errors import StoreError, StoreForeign, StoreLocked
+from zo2trl.files.fs import FS
+from zo2trl.journal.journal import Journal
 from zo2trl.tiers.folder import StoreFolder
-from zo2trl.tiers.fs import FS
-from zo2trl.tiers.journal import Journal
 
 DIGEST = "a" * 64
 

@@ -5,8 +5,8 @@ import torch
 
 from tests.support.stores import synthetic_layout
 from zo2trl.errors import StoreError
-from zo2trl.tiers import cpu
-from zo2trl.tiers.cpu import HostTier
+from zo2trl.tiers import host
+from zo2trl.tiers.host import HostTier
 
 UNITS = synthetic_layout([[1, 2], [4], [3]]).units[1:]
 PAGE_BYTES = 4096
@@ -38,7 +38,7 @@ class Cudart:
 @pytest.fixture
 def cudart(monkeypatch):
     cudart = Cudart()
-    monkeypatch.setattr(cpu, "_cudart", lambda: cudart)
+    monkeypatch.setattr(host, "_cudart", lambda: cudart)
     return cudart
 
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.stores import CPU, streamed_segments, synthetic_layout
-from zo2trl.errors import BudgetError, MarchError
+from zo2trl.errors import BudgetError, TraversalError
 from zo2trl.tiers.prefetch import Prefetcher
 
 SEGMENTS = streamed_segments(6)
 
 
-class Homes:
+class Residency:
     """Fills a slot with its segment's number, remembers the order, and can be held up or broken per segment."""
 
     def __init__(self):
@@ -36,9 +36,9 @@ class Ring:
     """A ring that holds `n_slots` of the order's largest segments."""
 
     def __init__(self, n_slots, order=SEGMENTS, *, on_disk=lambda segment: False):
-        self.homes = Homes()
+        self.residency = Residency()
         ring_bytes = int(n_slots * max(segment.n_bytes for segment in order))
-        self.fetcher = Prefetcher(order, self.homes, ring_bytes=ring_bytes, device=CPU, on_disk=on_disk)
+        self.fetcher = Prefetcher(order, self.residency, ring_bytes=ring_bytes, device=CPU, on_disk=on_disk)
 
     def visit(self, segment, *, after=None):
         fetch, position = self.fetcher.take(segment)
@@ -75,7 +75,7 @@ def test_fetching_runs_on_across_the_end_of_a_round():
         for segment in SEGMENTS:
             ring.visit(segment)
         ring.settle()
-        assert ring.homes.loaded == [1, 2, 3, 4, 5, 6, 1, 2, 3]
+        assert ring.residency.loaded == [1, 2, 3, 4, 5, 6, 1, 2, 3]
 
 
 def test_nothing_is_fetched_twice_when_the_order_is_as_expected():
@@ -84,7 +84,7 @@ def test_nothing_is_fetched_twice_when_the_order_is_as_expected():
             for segment in SEGMENTS:
                 ring.visit(segment)
         ring.settle()
-        assert ring.homes.loaded[:30] == [1, 2, 3, 4, 5, 6] * 5
+        assert ring.residency.loaded[:30] == [1, 2, 3, 4, 5, 6] * 5
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,9 +131,9 @@ def test_what_was_fetched_before_a_drop_is_fetched_again(ring):
     ring.visit(SEGMENTS[0])
     ring.settle()
     ring.fetcher.drop()
-    before = ring.homes.loaded.count(2)
+    before = ring.residency.loaded.count(2)
     fetch, _ = ring.fetcher.take(SEGMENTS[1])
-    assert ring.homes.loaded.count(2) == before + 1
+    assert ring.residency.loaded.count(2) == before + 1
     ring.fetcher.give_back(fetch)
 
 
@@ -141,7 +141,7 @@ def test_what_was_fetched_before_a_drop_is_fetched_again(ring):
 
 
 def test_a_failing_load_reaches_whoever_waits_for_it(ring):
-    ring.homes.errors[3] = OSError("the drive is gone")
+    ring.residency.errors[3] = OSError("the drive is gone")
     ring.visit(SEGMENTS[0])
     ring.visit(SEGMENTS[1])
     with pytest.raises(OSError, match="the drive is gone"):
@@ -150,7 +150,7 @@ def test_a_failing_load_reaches_whoever_waits_for_it(ring):
 
 def test_failing_ahead_disturbs_nobody_who_does_not_ask():
     with Ring(3) as ring:
-        ring.homes.errors[2] = OSError("the drive is gone")
+        ring.residency.errors[2] = OSError("the drive is gone")
         ring.visit(SEGMENTS[0])
         ring.settle()
         for i in (2, 3, 4):
@@ -159,12 +159,12 @@ def test_failing_ahead_disturbs_nobody_who_does_not_ask():
 
 def test_after_a_failure_the_ring_goes_on(ring):
     for _ in range(12):
-        ring.homes.errors[1] = OSError("for a moment")
+        ring.residency.errors[1] = OSError("for a moment")
         ring.settle()
         ring.fetcher.drop()
         with pytest.raises(OSError, match="for a moment"):
             ring.fetcher.take(SEGMENTS[0])
-        del ring.homes.errors[1]
+        del ring.residency.errors[1]
         ring.fetcher.drop()
         for segment in SEGMENTS:
             ring.visit(segment)
@@ -172,9 +172,9 @@ def test_after_a_failure_the_ring_goes_on(ring):
 
 def test_closing_in_the_middle_ends_every_thread():
     ring = Ring(3)
-    ring.homes.gates[2] = threading.Event()
+    ring.residency.gates[2] = threading.Event()
     fetch, _ = ring.fetcher.take(SEGMENTS[0])
-    threading.Timer(0.05, ring.homes.gates[2].set).start()
+    threading.Timer(0.05, ring.residency.gates[2].set).start()
     ring.fetcher.close()
     ring.fetcher.close()
     del fetch
@@ -219,9 +219,9 @@ def test_a_slot_under_the_models_hands_is_never_overwritten():
 
 def test_a_discarded_load_that_is_still_running_cannot_reach_the_next_tenant():
     with Ring(2) as ring:
-        ring.homes.gates[2] = threading.Event()
+        ring.residency.gates[2] = threading.Event()
         ring.visit(SEGMENTS[0])  # number 2 is on its way and stuck
-        threading.Timer(0.05, ring.homes.gates[2].set).start()
+        threading.Timer(0.05, ring.residency.gates[2].set).start()
         for i in (4, 5, 3, 2):
             ring.visit(SEGMENTS[i])
         for segment in SEGMENTS:
@@ -268,7 +268,7 @@ def test_small_segments_take_little_room_so_many_are_fetched_ahead():
         ring.fetcher.give_back(fetch)
 
 
-def test_a_new_order_of_a_march_is_fetched_before_anybody_asks():
+def test_a_new_order_of_a_traversal_is_fetched_before_anybody_asks():
     with Ring(2) as ring:
         ring.visit(SEGMENTS[0])
         ring.fetcher.expect(SEGMENTS[::-1])
@@ -292,7 +292,7 @@ def test_a_segment_that_is_larger_than_the_ring_is_an_error_at_once():
 def test_more_lent_at_once_than_the_ring_holds_is_an_error_and_not_a_wait():
     with Ring(2) as ring:
         held = [ring.fetcher.take(segment)[0] for segment in SEGMENTS[:2]]
-        with pytest.raises(MarchError, match="leave no room"):
+        with pytest.raises(TraversalError, match="leave no room"):
             ring.fetcher.take(SEGMENTS[2])
         assert all(bool((fetch.wire == i).all()) for i, fetch in enumerate(held, start=1))
         for fetch in held:

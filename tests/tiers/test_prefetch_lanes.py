@@ -5,7 +5,7 @@ import threading
 from concurrent.futures import Future
 
 from tests.support.stores import CPU
-from tests.tiers.test_prefetch import SEGMENTS, Homes, Ring
+from tests.tiers.test_prefetch import SEGMENTS, Residency, Ring
 from zo2trl.tiers.prefetch import Prefetcher
 
 # --------------------------------------------------------------------------------------------------------- two lanes
@@ -13,11 +13,11 @@ from zo2trl.tiers.prefetch import Prefetcher
 
 def test_an_upload_does_not_wait_behind_a_read_from_disk():
     with Ring(3, on_disk=lambda segment: segment.index == 2) as ring:
-        ring.homes.gates[2] = threading.Event()
+        ring.residency.gates[2] = threading.Event()
         fetch, _ = ring.fetcher.take(SEGMENTS[0])
         ring.fetcher._ahead[1].job.result(timeout=5)  # number 3 is there, though number 2 is still being read
-        assert ring.homes.loaded == [1, 3]
-        ring.homes.gates[2].set()
+        assert ring.residency.loaded == [1, 3]
+        ring.residency.gates[2].set()
         ring.fetcher.give_back(fetch)
         for segment in SEGMENTS[1:]:
             ring.visit(segment)
@@ -25,10 +25,10 @@ def test_an_upload_does_not_wait_behind_a_read_from_disk():
 
 def test_reads_from_disk_overlap():
     with Ring(3, on_disk=lambda segment: True) as ring:
-        ring.homes.gates[2] = threading.Event()
+        ring.residency.gates[2] = threading.Event()
         fetch, _ = ring.fetcher.take(SEGMENTS[0])
         ring.fetcher._ahead[1].job.result(timeout=5)
-        ring.homes.gates[2].set()
+        ring.residency.gates[2].set()
         ring.fetcher.give_back(fetch)
         ring.visit(SEGMENTS[1])
 
@@ -39,17 +39,17 @@ def test_uploads_are_begun_in_the_order_of_need():
             for segment in SEGMENTS:
                 ring.visit(segment)
         ring.settle()
-        assert ring.homes.loaded == [1 + i % 6 for i in range(len(ring.homes.loaded))]
+        assert ring.residency.loaded == [1 + i % 6 for i in range(len(ring.residency.loaded))]
 
 
 def test_what_nobody_wants_any_more_is_not_loaded_if_it_has_not_begun():
     with Ring(5) as ring:
-        ring.homes.gates[2] = threading.Event()
+        ring.residency.gates[2] = threading.Event()
         ring.visit(SEGMENTS[0])  # number 2 is stuck; 3, 4, 5 and 6 wait behind it
         ring.fetcher.drop()
-        ring.homes.gates[2].set()
+        ring.residency.gates[2].set()
         ring.visit(SEGMENTS[5])
-        assert ring.homes.loaded[:3] == [1, 2, 6]
+        assert ring.residency.loaded[:3] == [1, 2, 6]
 
 
 def test_a_dropped_load_passes_on_whom_it_should_have_waited_for():
@@ -81,7 +81,7 @@ class Listener:
 def listened(n_slots, on_disk, listener):
     n_bytes = SEGMENTS[0].n_bytes
     return Prefetcher(
-        SEGMENTS, Homes(), ring_bytes=n_slots * n_bytes, device=CPU,
+        SEGMENTS, Residency(), ring_bytes=n_slots * n_bytes, device=CPU,
         on_disk=lambda segment: segment.index in on_disk, upcoming=listener,
     )  # fmt: skip
 

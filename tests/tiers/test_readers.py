@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
+from zo2trl.files.fs import DIRECT_ALIGNMENT
 from zo2trl.tiers import readers
-from zo2trl.tiers.fs import DIRECT_ALIGNMENT
 from zo2trl.tiers.readers import N_READERS, Readers, aligned_bytes
 
 

@@ -4,7 +4,7 @@ import torch
 
 from tests.support.stores import record, rule, streamed_segments, synthetic_layout
 from zo2trl.tiers.replay import Ledger, catch_up
-from zo2trl.zo.noise import TILE
+from zo2trl.zo.tiles import TILE
 
 RECORDS = [record(step) for step in range(4)]
 

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from tests.support.stores import CPU, synthetic_layout
 from zo2trl.errors import BudgetError
-from zo2trl.tiers.ring import ALIGNMENT, Region, Ring, makespan, plan_regions, plan_ring
+from zo2trl.layout.layout import ALIGNMENT_BYTES
+from zo2trl.tiers.ring import Region, Ring, makespan, plan_regions, plan_ring
 
-sizes_of_leaves = st.lists(st.integers(1, 12), min_size=1, max_size=30).map(lambda ns: [n * ALIGNMENT for n in ns])
+sizes_of_leaves = st.lists(st.integers(1, 12), min_size=1, max_size=30).map(
+    lambda ns: [n * ALIGNMENT_BYTES for n in ns]
+)
 regions = st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda ends: Region(*sorted(ends)))
 
 
@@ -31,19 +34,19 @@ def one_behind_the_other(sizes, n_bytes):
 
 def opt_block(hidden):
     """Bytes of the leaves of one OPT block in bf16, as a forward visits them."""
-    square, wide = hidden * hidden * 2 + 2 * ALIGNMENT, 4 * hidden * hidden * 2 + 2 * ALIGNMENT
-    return [4 * ALIGNMENT, square, square, square, square, 4 * ALIGNMENT, wide, wide]
+    square, wide = hidden * hidden * 2 + 2 * ALIGNMENT_BYTES, 4 * hidden * hidden * 2 + 2 * ALIGNMENT_BYTES
+    return [4 * ALIGNMENT_BYTES, square, square, square, square, 4 * ALIGNMENT_BYTES, wide, wide]
 
 
 # --------------------------------------------------------------------------------------------------------- the plan
 
 
 @settings(max_examples=200, deadline=None)
-@given(sizes=sizes_of_leaves, spare_bytes=st.integers(0, 40 * ALIGNMENT))
+@given(sizes=sizes_of_leaves, spare_bytes=st.integers(0, 40 * ALIGNMENT_BYTES))
 def test_every_segment_lies_inside_the_ring_on_an_aligned_address(sizes, spare_bytes):
     n_bytes = max(sizes) + spare_bytes
     for region in plan(sizes, n_bytes):
-        assert region.start % ALIGNMENT == 0 and region.start >= 0 and region.stop <= n_bytes
+        assert region.start % ALIGNMENT_BYTES == 0 and region.start >= 0 and region.stop <= n_bytes
     assert plan_ring(sizes, n_bytes)[0] == 0
     assert plan_ring(sizes, n_bytes) == plan_ring(list(sizes), n_bytes), "the same order, the same addresses"
 
@@ -56,15 +59,15 @@ def test_what_fits_at_once_never_shares_a_byte(sizes):
 
 @given(count=st.integers(3, 60), n_slots=st.integers(3, 6))
 def test_equal_segments_never_lie_where_their_neighbours_lie_not_even_across_the_seam_of_two_rounds(count, n_slots):
-    planned = plan([ALIGNMENT] * count, n_slots * ALIGNMENT)
+    planned = plan([ALIGNMENT_BYTES] * count, n_slots * ALIGNMENT_BYTES)
     for one, other in itertools.pairwise([*planned, planned[0]]):
         assert not one.overlaps(other)
 
 
 @settings(max_examples=200, deadline=None)
 @given(sizes=sizes_of_leaves, spare=st.integers(0, 40))
-def test_no_march_takes_longer_than_with_one_simply_behind_the_other(sizes, spare):
-    n_bytes = 2 * max(sizes) + spare * ALIGNMENT
+def test_no_traversal_takes_longer_than_with_one_simply_behind_the_other(sizes, spare):
+    n_bytes = 2 * max(sizes) + spare * ALIGNMENT_BYTES
     simple = one_behind_the_other(sizes, n_bytes)
     rounds = 1 + 200 // len(sizes)
     assert (
@@ -78,7 +81,7 @@ def test_no_march_takes_longer_than_with_one_simply_behind_the_other(sizes, spar
 def test_a_link_that_is_the_bottleneck_never_waits_for_room_in_a_ring_of_a_little_more_than_two_leaves(hidden, share):
     """Computing takes 0.4 of copying, as with OPT-13B and 2,048 tokens."""
     sizes = opt_block(hidden) * 40
-    planned = plan(sizes, int(share * max(sizes)) // ALIGNMENT * ALIGNMENT)
+    planned = plan(sizes, int(share * max(sizes)) // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
     copied, computed = 0.0, 0.0
     ends: list[tuple[Region, float]] = []
     for region in planned * 2:
@@ -99,7 +102,7 @@ def test_a_segment_that_an_order_names_twice_has_one_address():
 
 def test_a_segment_that_is_larger_than_the_ring_is_refused_with_both_sizes():
     segments = synthetic_layout([[1], [4]]).segments[1:]
-    n_bytes = segments[1].n_bytes - ALIGNMENT
+    n_bytes = segments[1].n_bytes - ALIGNMENT_BYTES
     with pytest.raises(BudgetError, match=rf"unit block2 needs {segments[1].n_bytes:,} bytes .* has {n_bytes:,}"):
         plan_regions(segments, n_bytes)
 
@@ -162,10 +165,10 @@ def test_of_every_byte_the_ring_knows_its_last_user_and_nobody_else(used):
 
 
 def test_slots_are_views_of_one_memory():
-    ring = Ring(3 * ALIGNMENT, device=CPU)
-    whole = ring.slot(Region(0, 3 * ALIGNMENT)).buffer
-    part = ring.slot(Region(ALIGNMENT, 2 * ALIGNMENT)).buffer
-    assert whole.data_ptr() % ALIGNMENT == 0 and part.data_ptr() == whole.data_ptr() + ALIGNMENT
+    ring = Ring(3 * ALIGNMENT_BYTES, device=CPU)
+    whole = ring.slot(Region(0, 3 * ALIGNMENT_BYTES)).buffer
+    part = ring.slot(Region(ALIGNMENT_BYTES, 2 * ALIGNMENT_BYTES)).buffer
+    assert whole.data_ptr() % ALIGNMENT_BYTES == 0 and part.data_ptr() == whole.data_ptr() + ALIGNMENT_BYTES
     ring.close()
     ring.close()
-    assert whole.numel() == 3 * ALIGNMENT, "a view outlives the ring"
+    assert whole.numel() == 3 * ALIGNMENT_BYTES, "a view outlives the ring"

@@ -10,8 +10,8 @@ from tests.support.durable import Action, Player, QuickFS, Setup, small_layout, 
 from tests.support.faulty_fs import FaultyFS
 from tests.support.processes import single_threaded
 from zo2trl.errors import StoreError
-from zo2trl.tiers import homes, readers, staging
-from zo2trl.tiers.placement import TierName
+from zo2trl.planning.budgets import TierName
+from zo2trl.tiers import readers, residency, staging
 from zo2trl.tiers.staging import Staging
 
 MIXES: tuple[tuple[TierName, ...], ...] = (
@@ -36,7 +36,7 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Staging]]:
         made.append(Staging(*arguments, in_pieces=True, **named))
         return made[-1]
 
-    monkeypatch.setattr(homes, "Staging", build)
+    monkeypatch.setattr(residency, "Staging", build)
     for module in (readers, staging):
         monkeypatch.setattr(module, "PIECE_BYTES", 3 * 4096)  # cuts tensors of one tile
     with single_threaded():
@@ -64,7 +64,7 @@ def test_an_error_of_the_drive_is_told_and_the_store_goes_on_with_sound_weights(
         fs = QuickFaultyFS()
         player = Player(setup, tmp_path / f"{nth}", fs=fs)
         player.play(steps(1, 3))
-        player.store.homes_changed()
+        player.store.weights_changed()
         fs.only(call, nth)
         try:
             player.play([*steps(4, 8), Action("settle")])
@@ -76,12 +76,12 @@ def test_an_error_of_the_drive_is_told_and_the_store_goes_on_with_sound_weights(
             store.flush()
 
 
-def test_all_staging_memory_is_back_at_the_end_of_a_march(tmp_path: Path, in_pieces: list[Staging]) -> None:
+def test_all_staging_memory_is_back_at_the_end_of_a_traversal(tmp_path: Path, in_pieces: list[Staging]) -> None:
     setup = Setup(tiers=("gpu", "disk", "cpu", "disk"), write_back=2)
     player = Player(setup, tmp_path / "store", fs=QuickFS())
     n_pieces = partial(lambda stage: (stage._free.qsize(), stage._ahead.qsize()), in_pieces[-1])
     at_first = n_pieces()
     player.play(steps(1, 20))
-    player.store.homes_changed()  # forgets what was fetched and read ahead
+    player.store.weights_changed()  # forgets what was fetched and read ahead
     player.close()
     assert n_pieces() == at_first

@@ -272,7 +272,7 @@ def test_announcing_what_was_announced_before_reads_nothing_twice(make) -> None:
 
 
 def test_the_next_segment_is_begun_as_soon_as_there_is_room_and_nobody_has_to_ask(make) -> None:
-    """The march that would ask is waiting for the segment in front."""
+    """The traversal that would ask is waiting for the segment in front."""
     stage = make(ahead=4)
     disk = Disk(stage, 4)  # four pieces each
     first, second, third, _ = disk.segments

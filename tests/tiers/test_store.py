@@ -19,8 +19,8 @@ from tests.support.stores import (
     visit_all,
 )
 from tests.support.toys import TIERS, toy, weights_of
+from zo2trl.layout.layout import plan_layout
 from zo2trl.tiers.disk import DiskTier
-from zo2trl.tiers.layout import plan_layout
 
 STEPS = 8
 
@@ -130,11 +130,11 @@ def test_blocks_visited_in_another_order_or_only_some_of_them_are_right_too(tmp_
             store.append(one)
             expected = eager_weights(model, records[: i + 1])
             for point in [*store.layout.points[::-1][i:], *store.layout.points[1:4]]:
-                with store.lease(point) as (weights,):
+                with store.lease_clean(point) as (weights,):
                     (segment,) = point.segments
                     spec = segment.tensors[0]
                     assert torch.equal(weights[: spec.n_bytes].view(torch.float32), expected[spec.name].flatten())
-            store.end_march()
+            store.end_traversal()
         store.flush()
         assert_equal(at_home(store), eager_weights(model, records))
 
@@ -168,13 +168,13 @@ def test_a_leaf_read_while_its_unit_is_published_does_not_absorb_a_step_twice(tm
         first, *others = store.layout.points[1:]
         spec = first.segments[0].tensors[0]
         store.append(record(0))
-        with store.lease(first):
+        with store.lease_clean(first):
             disks[0].held = True  # the ring may read this leaf again before the unit's last leaf is written
         for point in others:
-            with store.lease(point):
+            with store.lease_clean(point):
                 pass
         expected = eager_weights(model, [record(0)])[spec.name]
-        with store.lease(first) as (weights,):
+        with store.lease_clean(first) as (weights,):
             assert torch.equal(weights[: spec.n_bytes].view(torch.float32), expected.flatten())
 
 
@@ -186,13 +186,13 @@ def test_a_leaf_read_while_its_unit_is_published_does_not_absorb_a_step_twice(tm
 def test_frozen_blocks_are_never_written(tmp_path, tier, by_leaf):
     model = toy().requires_grad_(False)
     with open_store(model, tmp_path, tier=tier, by_leaf=by_leaf) as store:
-        files, homes = hashes(tmp_path), home_addresses(store)
+        files, residency = hashes(tmp_path), home_addresses(store)
         for step in range(3):
             store.append(record(step))
             assert_equal(visit_all(store), weights_of(model))
         store.flush()
         assert hashes(tmp_path) == files
-        assert home_addresses(store) == homes
+        assert home_addresses(store) == residency
         assert store.traffic["disk_written"] == store.traffic["d2h"] == 0
 
 
@@ -274,7 +274,7 @@ def test_describe_names_every_unit_with_its_tier_and_bytes(tmp_path):
     with open_store(toy(), tmp_path, tier="disk") as store:
         rows = store.describe()
         assert [(name, tier) for name, tier, _ in rows] == [
-            ("rest", "gpu"), ("layers.0", "disk"), ("layers.1", "disk"), ("layers.2", "disk"),
+            ("root", "gpu"), ("layers.0", "disk"), ("layers.1", "disk"), ("layers.2", "disk"),
         ]  # fmt: skip
         assert sum(n for *_, n in rows) == sum(unit.n_bytes for unit in store.layout.units)
         assert "disk: 3 units" in store.summary()

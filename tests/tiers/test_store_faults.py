@@ -6,8 +6,8 @@ from tests.support.stores import assert_equal, at_home, open_store, record, visi
 from tests.support.toys import toy, weights_of
 from tests.tiers.test_store import eager_weights, hashes
 from zo2trl.errors import StoreError
+from zo2trl.files.fs import FS
 from zo2trl.tiers.disk import DiskTier
-from zo2trl.tiers.fs import FS
 from zo2trl.zo.rules import UpdateRule
 
 
@@ -74,11 +74,11 @@ def test_a_failing_load_surfaces_in_the_lease(tmp_path):
     with open_store(model, tmp_path, tier="disk", disk=disk) as store:
         visit_all(store)
         disks[0].broken = True
-        store.homes_changed()
+        store.weights_changed()
         with pytest.raises(StoreError, match="cannot be read"):
             visit_all(store)
         disks[0].broken = False
-        store.homes_changed()
+        store.weights_changed()
         assert_equal(visit_all(store), weights_of(model))
 
 

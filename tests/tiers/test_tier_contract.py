@@ -10,11 +10,11 @@ from torch import nn
 from tests.support.stores import CPU, source_of
 from tests.support.toys import TIERS, toy
 from zo2trl.errors import StoreError
-from zo2trl.tiers.cpu import HostTier
+from zo2trl.files.fs import FS
+from zo2trl.layout.layout import plan_layout
+from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.disk import DiskTier
-from zo2trl.tiers.fs import FS
-from zo2trl.tiers.gpu import DeviceTier
-from zo2trl.tiers.layout import plan_layout
+from zo2trl.tiers.host import HostTier
 from zo2trl.tiers.tier import tensor_view
 from zo2trl.tiers.unit_files import UnitFiles
 

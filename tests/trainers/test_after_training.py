@@ -29,7 +29,7 @@ from tests.support.runs import (
 )
 from tests.support.tokenizer import tiny_tokenizer
 from zo2trl import ZOSFTTrainer
-from zo2trl.errors import MarchError, StoreError
+from zo2trl.errors import StoreError, TraversalError
 
 STREAMED = {"cpu": STREAMED_FROM_CPU, "disk": STREAMED_FROM_DISK}
 everywhere = pytest.mark.parametrize("where", STREAMED.values(), ids=STREAMED)
@@ -70,7 +70,7 @@ def test_the_model_can_be_pickled(where: dict, tmp_path: Path) -> None:
 def test_a_backward_pass_through_streamed_weights_is_refused(where: dict, tmp_path: Path) -> None:
     with closing(trained(tmp_path, where)) as trainer:
         loss = trainer.model(**tiny_batch("llama")).loss
-        with pytest.raises(MarchError, match="backward pass"):
+        with pytest.raises(TraversalError, match="backward pass"):
             loss.backward()
         trainer.close()
         trainer.model(**tiny_batch("llama")).loss.backward()
@@ -101,7 +101,7 @@ def test_changing_weights_between_steps_that_are_pending_is_refused(where: dict,
 
     extra = {"callbacks": [Meddler()]}
     trainer = zo_trainer(tmp_path, tiny_model("llama"), tiny_rows("llama", 6), extra=extra, **where)
-    with closing(trainer), pytest.raises(MarchError, match=r"layers.1.mlp.up_proj.weight.*flush"):
+    with closing(trainer), pytest.raises(TraversalError, match=r"layers.1.mlp.up_proj.weight.*flush"):
         trainer.train()
 
 
@@ -124,7 +124,7 @@ def test_merged_adapters_are_in_the_weights_that_run_and_that_are_saved(
 def test_converting_a_managed_model_says_to_close_first(where: dict, tmp_path: Path) -> None:
     with closing(trained(tmp_path, where)) as trainer:
         trainer.model.to(torch.float64)
-        with pytest.raises(MarchError, match=r"trainer\.close\(\)"):
+        with pytest.raises(TraversalError, match=r"trainer\.close\(\)"):
             loss_of(trainer.model)
         trainer.model.to(torch.float32)
         loss_of(trainer.model)

@@ -24,8 +24,8 @@ from tests.support.parallel import RankWork, Sleeping, Telling, Waiting, free_po
 from tests.support.parallel_worker import KINDS, outcome, trainer_of
 from tests.support.processes import Report, single_threaded
 from tests.support.trainings import TRAININGS
-from zo2trl.engine.ranks import Ranks
 from zo2trl.errors import ConfigError, UnsupportedError
+from zo2trl.parallel.ranks import Ranks
 from zo2trl.trainers.parallel import refuse_other_number
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -276,7 +276,7 @@ def flip_a_bit(unit_name: str, after_step: int) -> Callable[[int, Any], None]:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("unit_name", ["rest", "layers.1"])
+@pytest.mark.parametrize("unit_name", ["root", "layers.1"])
 def test_a_weight_that_differs_in_one_process_stops_all_of_them(tmp_path: Path, unit_name: str) -> None:
     work = training(tmp_path, on_start=flip_a_bit(unit_name, after_step=2), max_steps=20)
     with ranks(2, work) as processes:

@@ -124,7 +124,7 @@ def test_with_adapters_the_reference_is_the_base_in_every_probe(tmp_path: Path) 
     assert found[0] == pytest.approx(found[1], rel=1e-2, abs=1e-3)
 
 
-def test_a_loss_that_switches_adapters_off_in_the_middle_of_a_march_does_not_switch_them_off_for_others(
+def test_a_loss_that_switches_adapters_off_in_the_middle_of_a_traversal_does_not_switch_them_off_for_others(
     tmp_path: Path,
 ) -> None:
     # TRL's own reference, asked inside every pass: probes of different micro-batches are at different places then.

@@ -37,8 +37,8 @@ from zo2trl.errors import (
     StoreLocked,
     TrainingDiverged,
 )
-from zo2trl.tiers.fs import FS
-from zo2trl.tiers.placement import Budgets
+from zo2trl.files.fs import FS
+from zo2trl.planning.budgets import Budgets
 from zo2trl.zo.records import SkipRecord
 
 
@@ -56,7 +56,7 @@ def test_too_small_a_budget_names_the_smallest_that_works(granularity: str, tmp_
     message = str(error.value)
     numbers = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?= bytes)", message)]
     plan = make(tmp_path / "plan").engine.store.layout
-    rest = sum(unit.n_bytes for unit in plan.units if unit.kind == "rest")
+    rest = sum(unit.n_bytes for unit in plan.units if unit.kind == "root")
     block = max(unit.n_bytes for unit in plan.units if unit.kind == "block")
     assert {1000, rest, block} <= set(numbers)
     smallest = int(re.search(r"that works is ([\d,]+) bytes", message)[1].replace(",", ""))

@@ -24,7 +24,7 @@ from tests.support.runs import (
     weights_of,
     zo_trainer,
 )
-from zo2trl.tiers.export import export_store
+from zo2trl.checkpoints.export import export_store
 
 # Write-backs are put off for ever, so whatever is up to date is so because somebody asked for it.
 LAZY = {"write_back_every": 1000, "learning_rate": 0.02}
@@ -265,7 +265,7 @@ def test_several_batches_share_one_visit_of_the_blocks_on_disk(tmp_path: Path) -
     rows, read = tiny_rows("opt", 16, seed=1), []
     with closing(zo_trainer(tmp_path, tiny_model("opt"), tiny_rows("opt", 4), **STREAMED_FROM_DISK)) as trainer:
         for n_rows in (2, 16):
-            trainer.evaluate(rows[:2])  # what is fetched ahead for the next march belongs to this one
+            trainer.evaluate(rows[:2])  # what is fetched ahead for the next traversal belongs to this one
             before = trainer.engine.store.traffic["disk_read"]
             trainer.evaluate(rows[:n_rows])
             read.append(trainer.engine.store.traffic["disk_read"] - before)

@@ -74,7 +74,7 @@ def test_bytes_moved_are_those_of_the_tier(tmp_path: Path) -> None:
         with closing(zo_trainer(tmp_path / name, tiny_model("opt"), tiny_rows("opt", 8), **options)) as trainer:
             trainer.train()
             logs[name] = step_logs(trainer)[-1]
-            blocks = sum(size for unit, _, size in trainer.engine.store.describe() if unit != "rest")
+            blocks = sum(size for unit, _, size in trainer.engine.store.describe() if unit != "root")
     links = ("zo/bytes_h2d", "zo/bytes_d2h", "zo/bytes_disk_read", "zo/bytes_disk_written")
     assert [logs["gpu"][link] for link in links] == [0, 0, 0, 0]
     assert logs["cpu"]["zo/bytes_h2d"] == pytest.approx(blocks, rel=0.5)

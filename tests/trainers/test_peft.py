@@ -69,7 +69,9 @@ def train_and_check(trainer: Any, base: str, folder: Path, *, kind: str) -> dict
         assert len({spec.trainable for spec in unit.tensors}) == 1
         assert (store.tier_of(unit) == "disk") == (unit.kind == "block" and not unit.is_trained)
         is_copied = unit.is_trained or (kind in FUSED and unit.kind == "block")
-        assert bool(store.homes.files.versions(unit)) == is_copied, "the adapter's beginning is kept, the base is not"
+        assert bool(store.residency.files.versions(unit)) == is_copied, (
+            "the adapter's beginning is kept, the base is not"
+        )
     trainer.save_model(str(folder / "adapter"))
     expected = logits_of(trainer.model)
     files = {path.name for path in (folder / "adapter").iterdir()}

@@ -15,7 +15,7 @@ from tests.support.models import SPECIAL, VOCABULARY, tiny_batch, tiny_rows
 from tests.support.runs import STREAMED_FROM_DISK, closing, sft_trainer, zo_trainer
 from tests.support.tokenizer import tiny_tokenizer
 from zo2trl.errors import BudgetError, ConfigError, UnsupportedError
-from zo2trl.tiers.quantised import quantised_parameters
+from zo2trl.layout.quantised import quantised_parameters
 
 OPTIONS: dict[str, Any] = {"learning_rate": 1e-2, "max_steps": 3, **STREAMED_FROM_DISK}
 

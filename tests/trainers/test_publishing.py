@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.support.models import tiny_rows
 from tests.support.runs import closing, sft_trainer, zo_trainer
 from tests.support.trainings import lora, small_model
-from zo2trl.trainers.checkpoint import MARKER_NAME, read_checkpoint
+from zo2trl.trainers.resume.checkpoint import MARKER_NAME, read_checkpoint
 
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
 

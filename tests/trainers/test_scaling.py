@@ -133,11 +133,11 @@ def test_sft_losses_accumulate_as_one_batch(loss_type: str, tmp_path: Path) -> N
     agree(logs[1], logs[0])
 
 
-def test_split_marches_change_nothing_but_the_number_of_visits(
+def test_split_traversals_change_nothing_but_the_number_of_visits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = first_step(tmp_path / "1", "opt", uneven_rows("opt"), accumulated=True, **STREAMED_FROM_DISK)
-    monkeypatch.setattr("zo2trl.engine.fitting.passes_per_march", lambda *_, **__: 2)
+    monkeypatch.setattr("zo2trl.engine.device_fit.passes_per_traversal", lambda *_, **__: 2)
     apart = first_step(tmp_path / "2", "opt", uneven_rows("opt"), accumulated=True, **STREAMED_FROM_DISK)
     assert apart["zo/projected_grad"] == together["zo/projected_grad"]
     assert apart["zo/bytes_disk_read"] > together["zo/bytes_disk_read"]

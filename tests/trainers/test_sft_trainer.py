@@ -251,7 +251,7 @@ def test_an_adapted_base_streams_read_only_with_its_adapters_resident(tmp_path: 
         for unit in trainer.engine.store.layout.units:
             tier = trainer.engine.store.tier_of(unit)
             assert (tier == "disk") == (unit.kind == "block")
-            assert unit.kind == "rest" or any(t.trainable for t in unit.tensors) == (tier == "gpu")
+            assert unit.kind == "root" or any(t.trainable for t in unit.tensors) == (tier == "gpu")
 
 
 # -- the rest of the trainer

@@ -24,7 +24,8 @@ from tests.support.runs import (
 )
 from zo2trl import ZOConfig, ZOTrainer
 from zo2trl.trainers import stepping
-from zo2trl.zo.noise import TILE, TileMap, make_noise
+from zo2trl.zo.noise import make_noise
+from zo2trl.zo.tiles import TILE, TileMap
 
 PLACES = pytest.mark.parametrize("place", [EVERYTHING_ON_DEVICE, STREAMED_FROM_DISK], ids=["device", "disk"])
 
@@ -339,7 +340,7 @@ def test_on_a_cpu_every_pass_gives_back_the_pages_that_it_freed(
 ) -> None:
     """Or a run grows with holes that nobody holds: by 480 MB in twenty steps of a 170 M-parameter model."""
     given_back: list[int] = []
-    monkeypatch.setattr(stepping, "give_back_free_pages", lambda: given_back.append(trainer.state.global_step))
+    monkeypatch.setattr(stepping, "return_free_pages", lambda: given_back.append(trainer.state.global_step))
     with closing(zo_trainer(tmp_path, tiny_model("opt"), **one_batch(), max_steps=2, num_directions=2)) as trainer:
         trainer.train()
     assert given_back == [0] * 4 + [1] * 4

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zo2trl.zo.estimators import CLEAN, Estimate, Probe, TwoSidedSPSA
-from zo2trl.zo.noise import TILE, TileMap, make_noise
+from zo2trl.zo.noise import make_noise
+from zo2trl.zo.tiles import TILE, TileMap
 
 eighths = st.lists(st.integers(-64, 64), min_size=1, max_size=40).map(lambda values: torch.tensor(values) / 8)
 

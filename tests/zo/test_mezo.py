@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zo2trl.zo.mezo import MezoNoise, MezoSeeds
-from zo2trl.zo.noise import TILE, TileMap
+from zo2trl.zo.tiles import TILE, TileMap
 
 TENSORS = [(0, 10), (3, TILE + 7), (4, 3 * TILE), (9, 1)]  # trainable ones: ids have gaps where tensors are frozen
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from zo2trl.errors import ConfigError
 from zo2trl.zo.gaussian import N_FIELDS, gaussian_table
-from zo2trl.zo.noise import TILE, TileMap, derive_seed, make_noise, rounding_bits
+from zo2trl.zo.noise import make_noise, rounding_bits
 from zo2trl.zo.philox import philox4x32_10
+from zo2trl.zo.seeds import derive_seed
+from zo2trl.zo.tiles import TILE, TileMap
 
 KINDS = ["rademacher", "gaussian", "rounding"]
 seeds = st.one_of(st.sampled_from([0, 1, 1 << 63, (1 << 64) - 1]), st.integers(0, (1 << 64) - 1))

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from tests.support.stores import record, rule
 from zo2trl.zo import rules
-from zo2trl.zo.noise import TILE, TileMap, derive_seed, direction_seed, make_noise
+from zo2trl.zo.noise import make_noise
 from zo2trl.zo.records import SkipRecord
-from zo2trl.zo.rules import Displaced, Span, UpdateRule
+from zo2trl.zo.rules import UpdateRule
+from zo2trl.zo.seeds import derive_seed, direction_seed
+from zo2trl.zo.tiles import TILE, Perturbed, Span, TileMap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -42,7 +44,7 @@ def noise_of(span, seed, kind="rademacher"):
 
 
 def perturb(clean, into, spans, *, by, seed, coefficient):
-    by.visit(clean, spans, (), probes=[Displaced(seed, coefficient, into)])
+    by.visit(clean, spans, (), probes=[Perturbed(seed, coefficient, into)])
 
 
 def replayed(buffer, span, records, *, rounding="stochastic"):
@@ -88,7 +90,7 @@ def test_one_visit_does_what_replaying_and_perturbing_twice_do(numels, dtype, ro
         perturb(clean, into, [span], by=rule(rounding), seed=5, coefficient=coefficient)
     weights = random_buffer(span)
     plus, minus = torch.zeros_like(weights), weights if in_place else torch.zeros_like(weights)
-    probes = [Displaced(5, 1e-2, plus), Displaced(5, -1e-2, minus)]
+    probes = [Perturbed(5, 1e-2, plus), Perturbed(5, -1e-2, minus)]
     rule(rounding).visit(weights, [span], records, probes=probes, keep=not in_place)
     assert torch.equal(plus, wanted[0]) and torch.equal(minus, wanted[1])
     assert in_place or torch.equal(weights, clean)

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from zo2trl.tiers.convert import convert_checkpoint
+    from zo2trl.checkpoints.convert import convert_checkpoint
 
     convert_checkpoint(arguments.source, arguments.destination)
     print(f"Converted {arguments.source} to {arguments.destination}.")
@@ -82,8 +82,8 @@ def _env(arguments: argparse.Namespace) -> None:
 def _facts() -> Iterator[tuple[str, str]]:
     import psutil
 
-    from zo2trl.tiers.fs import LOCAL
-    from zo2trl.tiers.placement import format_bytes
+    from zo2trl.files.fs import LOCAL
+    from zo2trl.files.sizes import format_bytes
 
     yield "zo2trl", package_version("zo2trl")
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
@@ -110,7 +110,7 @@ def _accelerate_config() -> str:
 def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
-    from zo2trl.tiers.placement import format_bytes
+    from zo2trl.files.sizes import format_bytes
 
     if not torch.cuda.is_available():
         yield "CUDA", "not available"

@@ -18,7 +18,7 @@ import psutil
 from zo2trl.errors import BudgetError, ConfigError, StoreError
 
 if TYPE_CHECKING:
-    from zo2trl.tiers.rates import MachineRates
+    from zo2trl.planning.rates import MachineRates
     from zo2trl.trainers.planning import Planned
 
 __all__ = ["run"]
@@ -124,17 +124,17 @@ def _refuse_unread(options: Sequence[str], *, from_config: Sequence[str], known:
 
 
 def _rates(args: Any, *, probe: str) -> "MachineRates":
-    from zo2trl.tiers.rates import identity, load_rates, save_rates, typical_rates
+    from zo2trl.planning.rates import identity, load_rates, save_rates, typical_rates
 
     key = identity(args.device, args.store_path)
     found = None if probe == "again" else load_rates(key)
     if found is None and probe != "never":
-        from zo2trl.engine.rehearsing import measure_marches
-        from zo2trl.tiers.probe import measure_rates
+        from zo2trl.forecast.machine_bench import measure_rates
+        from zo2trl.forecast.traversal_bench import measure_traversals
 
         print("Measuring this machine (about ten seconds, kept for later) ...", file=sys.stderr, flush=True)
-        march = measure_marches(args.device, args.store_path)
-        found = measure_rates(args.device, args.store_path, march=march)
+        traversal = measure_traversals(args.device, args.store_path)
+        found = measure_rates(args.device, args.store_path, traversal=traversal)
         try:
             save_rates(key, found)
         except (OSError, RuntimeError, StoreError) as error:
@@ -228,15 +228,15 @@ def _trains_16_bit(planned: "Planned") -> bool:
 
 
 def _free_on_disk(store_dir: Path) -> int:
-    from zo2trl.tiers.os_errors import free_bytes
-    from zo2trl.tiers.rates import drive_folder
+    from zo2trl.files.os_errors import free_bytes
+    from zo2trl.planning.rates import drive_folder
 
     return free_bytes(drive_folder(store_dir))
 
 
 def _neighbours(planned: "Planned", args: Any, model_args: Any) -> Iterator[tuple[str, Any, Any]]:
     """(what to write on the command line, arguments with it) of plans that this machine could run."""
-    from zo2trl.tiers.machine import free_device_bytes
+    from zo2trl.planning.budgets import free_device_bytes
 
     found, budgets = planned.forecast, planned.options.budgets
     tiers = set(found.plan.placement.tier_of.values())

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from zo2trl.tiers.placement import format_bytes
+from zo2trl.files.sizes import format_bytes
 
 __all__ = ["print_report"]
 
@@ -50,7 +50,7 @@ def _places(report: dict[str, Any]) -> Table:
         units = [unit for unit in report["units"] if unit["tier"] == tier]
         if units:
             every = report["write_back_every"][tier]
-            rhythm = (
+            write_schedule = (
                 "never"
                 if not report["trainable_parameters"]
                 else f"every {every} steps"
@@ -58,7 +58,10 @@ def _places(report: dict[str, Any]) -> Table:
                 else "every step"
             )
             table.add_row(
-                name, str(len(units)), format_bytes(sum(u["bytes"] for u in units)), "" if tier == "gpu" else rhythm
+                name,
+                str(len(units)),
+                format_bytes(sum(u["bytes"] for u in units)),
+                "" if tier == "gpu" else write_schedule,
             )
     table.add_row("ring and scratch", "", format_bytes(report["ring_bytes"] + report["scratch_bytes"]), "")
     return table

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from zo2trl.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from zo2trl.tiers.rebuild import Progress
-    from zo2trl.tiers.stored_run import Moment
+    from zo2trl.checkpoints.rebuild import Progress
+    from zo2trl.checkpoints.stored_run import Moment
     from zo2trl.zo.records import Record
 
 __all__ = ["add_commands", "be_quiet"]
@@ -64,7 +64,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from zo2trl.tiers.verify import Severity, verify_store
+    from zo2trl.checkpoints.verify import Severity, verify_store
 
     be_quiet()
     store = arguments.store
@@ -87,8 +87,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _problems_of(folder: Path, store: Path) -> Iterator[str]:
+    from zo2trl.checkpoints.stored_run import StoredRun
     from zo2trl.errors import ZO2TRLError
-    from zo2trl.tiers.stored_run import StoredRun
 
     try:
         _, moment = _of_checkpoint(folder, store)
@@ -103,7 +103,7 @@ def _problems_of(folder: Path, store: Path) -> Iterator[str]:
 def _export(arguments: argparse.Namespace) -> None:
     import torch
 
-    from zo2trl.tiers.export import export_store
+    from zo2trl.checkpoints.export import export_store
 
     be_quiet()
     source, moment = arguments.source, None
@@ -129,8 +129,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _of_checkpoint(folder: Path, store: Path | None) -> tuple[Path, "Moment"]:
     """The store of a checkpoint, and the moment of its run that it is of."""
-    from zo2trl.tiers.stored_run import Moment
-    from zo2trl.trainers.checkpoint import read_checkpoint
+    from zo2trl.checkpoints.stored_run import Moment
+    from zo2trl.trainers.resume.checkpoint import read_checkpoint
 
     found = read_checkpoint(folder)
     moment = Moment(store_id=found.store_id, position=found.position, fingerprint=found.fingerprint)
@@ -145,8 +145,8 @@ def _of_checkpoint(folder: Path, store: Path | None) -> tuple[Path, "Moment"]:
 
 
 def _log(arguments: argparse.Namespace) -> None:
+    from zo2trl.journal.journal import Journal
     from zo2trl.tiers.folder import StoreFolder
-    from zo2trl.tiers.journal import Journal
 
     if arguments.last is not None and arguments.last < 0:
         raise ConfigError(f"`--last` must be a number of steps, got {arguments.last}.")

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from zo2trl.engine.deferred import CHUNK_ROWS
-from zo2trl.tiers.machine import free_device_bytes
+from zo2trl.planning.budgets import free_device_bytes
 
-__all__ = ["activation_bytes", "n_tokens", "passes_per_march"]
+__all__ = ["activation_bytes", "n_tokens", "passes_per_traversal"]
 
 HELD_STATES = 6  # hidden states, residual, masks and what generic code keeps, in units of one hidden state
 BLOCK_STATES = 16  # of the running block: projections, attention, both sides of the feed-forward and its activation
@@ -32,8 +32,10 @@ class OnDevice(Protocol):
         ...
 
 
-def passes_per_march(place: OnDevice, model: nn.Module, inputs: Mapping[str, Any], *, room: int | None = None) -> int:
-    """An upper bound on passes for one march, from the shape of one micro-batch; at least 1.
+def passes_per_traversal(
+    place: OnDevice, model: nn.Module, inputs: Mapping[str, Any], *, room: int | None = None
+) -> int:
+    """An upper bound on passes for one traversal, from the shape of one micro-batch; at least 1.
 
     `room`: bytes of the device that weights can leave to activations, if they are fewer than are free.
     """

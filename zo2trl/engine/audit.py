@@ -3,7 +3,7 @@
 With a step's losses goes round what the journal's last records are called, and a sum over the weights of one unit, in
 turn. A wrong bit is found when it is its unit's turn, before the step is made.
 
-Does not: look at a unit that a march does not visit as a whole, or repair anything.
+Does not: look at a unit that a traversal does not visit as a whole, or repair anything.
 Invariant: the sum does not depend on where a unit lives, nor on how it is cut into segments.
 """
 
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from zo2trl.engine.ranks import Ranks
 from zo2trl.errors import RanksDiverged
-from zo2trl.tiers.layout import Layout, Segment
-from zo2trl.tiers.loans import Loan
+from zo2trl.layout.layout import Layout, Segment
+from zo2trl.parallel.ranks import Ranks
+from zo2trl.tiers.leases import Lease
 from zo2trl.tiers.store import TieredStore
 
 __all__ = ["Audit", "exchange_losses"]
@@ -25,7 +25,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Audit:
-    """Reads the clean weights of one unit while a march passes over it.
+    """Reads the clean weights of one unit while a traversal passes over it.
 
     Args:
         layout: what the units are.
@@ -37,21 +37,21 @@ class Audit:
         self._left = {segment.index for segment in layout.segments if segment.unit is self.unit}
         self._sums: list[torch.Tensor] = []
 
-    def see(self, loans: Sequence[Loan]) -> None:
-        """A march has borrowed these segments; none of them is displaced yet."""
-        for loan in loans:
-            if loan.segment.index in self._left:
-                self._left.remove(loan.segment.index)
-                self._sums += _sums_of(loan.clean(), loan.segment)
+    def see(self, leases: Sequence[Lease]) -> None:
+        """A traversal has borrowed these segments; none of them is perturbed yet."""
+        for lease in leases:
+            if lease.segment.index in self._left:
+                self._left.remove(lease.segment.index)
+                self._sums += _sums_of(lease.clean(), lease.segment)
 
     @property
     def result(self) -> int:
-        """64 bits; 0 if the march did not visit the whole unit."""
+        """64 bits; 0 if the traversal did not visit the whole unit."""
         return 0 if self._left or not self._sums else int(torch.stack(self._sums).sum()) % 2**64
 
 
 def _sums_of(weights: torch.Tensor, segment: Segment) -> list[torch.Tensor]:
-    """One a tensor, without the padding between them; on the device, so that a march does not wait for it."""
+    """One a tensor, without the padding between them; on the device, so that a traversal does not wait for it."""
     starts = [(spec, spec.byte_offset - segment.byte_start) for spec in segment.tensors]
     return [
         weights[start : start + spec.n_bytes].view(_INTEGERS[spec.dtype.itemsize]).sum(dtype=torch.int64)

@@ -3,10 +3,10 @@
 Does not: fetch, perturb or decide anything.
 
 Three states of a parameter: at rest (a view of its home, so that `state_dict`, savers and users just work), poisoned
-(NaN everywhere, during a march, while nobody may read it), and bound (leased or perturbed bytes). Only
+(NaN everywhere, during a traversal, while nobody may read it), and bound (leased or perturbed bytes). Only
 `Parameter.data` is swapped: the Parameter objects stay, and with them ties, optimizer groups and PEFT's references.
 
-Invariant: outside a march every parameter is at rest.
+Invariant: outside a traversal every parameter is at rest.
 """
 
 import copy
@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from zo2trl.errors import MarchError
-from zo2trl.tiers.layout import Layout, Segment, TensorSpec, Unit, VisitPoint
+from zo2trl.errors import TraversalError
+from zo2trl.layout.layout import Layout, Segment, TensorSpec, Unit, VisitPoint
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import carve
 
@@ -56,8 +56,10 @@ class Binding:
 
     _parameters: dict[int, nn.Parameter]  # tensor id -> Parameter
     _bound_views: dict[tuple[int, int, int], list[tuple[nn.Parameter, torch.Tensor]]]  # (segment, addresses) -> its
-    _rest_views: dict[int, tuple[int, list[tuple[nn.Parameter, torch.Tensor]]]]  # unit -> (version of home, tensors)
-    _resting: dict[int, torch.Tensor]  # tensor id -> the view it was last put to rest with
+    _views_at_home: dict[
+        int, tuple[int, list[tuple[nn.Parameter, torch.Tensor]]]
+    ]  # unit -> (version of home, tensors)
+    _bound_home: dict[int, torch.Tensor]  # tensor id -> the view it was last put to rest with
     _seen_versions: dict[int, int]  # tensor id -> Parameter._version at that moment
     _untouched: list[list[Any]]  # `_state` at that moment
 
@@ -68,8 +70,8 @@ class Binding:
         named = dict(model.named_parameters(remove_duplicate=False))
         self._parameters = {t.tensor_id: named[t.name] for unit in layout.units for t in unit.tensors}
         self._bound_views = {}
-        self._rest_views = {}
-        self._resting = {}
+        self._views_at_home = {}
+        self._bound_home = {}
         self._seen_versions = {}
         self._untouched = []
         self._buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
@@ -93,33 +95,33 @@ class Binding:
                 self._parameters[spec.tensor_id].data = self._poisons[spec.tensor_id]
 
     def poison_all(self) -> None:
-        """Start of a march."""
+        """Start of a traversal."""
         for point in self.layout.points:
             self.poison(point)
 
-    def put_to_rest(self) -> None:
-        """End of a march: every parameter shows its home."""
+    def bind_home(self) -> None:
+        """End of a traversal: every parameter shows its home."""
         for unit in self.layout.units:
             for spec, (parameter, view) in zip(unit.tensors, self._home_views(unit.index), strict=True):
-                parameter.data = self._resting[spec.tensor_id] = view
+                parameter.data = self._bound_home[spec.tensor_id] = view
         self.note_versions()
 
     def let_go(self) -> None:
         """Leave every parameter poisoned and hold no home: units may move, and this binding is of no more use."""
         self.poison_all()
         self._bound_views.clear()
-        self._rest_views.clear()
-        self._resting.clear()
+        self._views_at_home.clear()
+        self._bound_home.clear()
 
-    def rest_point(self, point: VisitPoint) -> None:
-        """End of a visit outside any march. What the forward itself did to versions (a parametrisation that is put on
+    def bind_home_of(self, point: VisitPoint) -> None:
+        """End of a visit outside any traversal. What the forward did to versions (a parametrisation that is put on
         and taken off again counts as a change) is no change of weights."""
         for segment in point.segments:
             held = {spec.tensor_id for spec in segment.tensors}
             views = zip(segment.unit.tensors, self._home_views(segment.unit.index), strict=True)
             for spec, (parameter, view) in views:
                 if spec.tensor_id in held:
-                    parameter.data = self._resting[spec.tensor_id] = view
+                    parameter.data = self._bound_home[spec.tensor_id] = view
                     self._seen_versions[spec.tensor_id] = parameter._version
 
     def note_versions(self) -> None:
@@ -134,7 +136,7 @@ class Binding:
         (`p.data = ...`) are copied home.
 
         Raises:
-            MarchError: the dtype or shape changed, or steps were pending that the changed weights never saw.
+            TraversalError: the dtype or shape changed, or steps were pending that the changed weights never saw.
         """
         if point is None and self._untouched and self._untouched == self._state():
             return []
@@ -142,8 +144,8 @@ class Binding:
         changed: dict[int, Unit] = {}
         for segment in {id(s): s for p in points for s in p.segments}.values():
             for spec in segment.tensors:
-                parameter, resting = self._parameters[spec.tensor_id], self._resting[spec.tensor_id]
-                is_new = parameter.data_ptr() != resting.data_ptr() or parameter.dtype != resting.dtype
+                parameter, bound_home = self._parameters[spec.tensor_id], self._bound_home[spec.tensor_id]
+                is_new = parameter.data_ptr() != bound_home.data_ptr() or parameter.dtype != bound_home.dtype
                 if is_new or parameter._version != self._seen_versions[spec.tensor_id]:
                     self._refuse_if_behind(spec, segment.unit)
                     changed[segment.unit.index] = segment.unit
@@ -161,10 +163,13 @@ class Binding:
         found: list[_Misfit] = []
         for unit in self.layout.units:
             for spec in unit.tensors:
-                parameter, resting = self._parameters[spec.tensor_id], self._resting.get(spec.tensor_id)
-                if resting is not None and (parameter.dtype, parameter.shape) != (resting.dtype, resting.shape):
+                parameter, bound_home = self._parameters[spec.tensor_id], self._bound_home.get(spec.tensor_id)
+                if bound_home is not None and (parameter.dtype, parameter.shape) != (
+                    bound_home.dtype,
+                    bound_home.shape,
+                ):
                     found.append(_Misfit(spec.name, parameter, parameter.data))
-                    parameter.data = resting
+                    parameter.data = bound_home
         for module, name, buffer in self._buffers if found else ():  # a conversion rounds these, too
             now = module._buffers.get(name)
             if now is not None and now.dtype != buffer.dtype:
@@ -179,18 +184,18 @@ class Binding:
     def _bring_home(self, spec: TensorSpec, parameter: nn.Parameter, unit: Unit) -> None:
         home = self._home_views(unit.index)[unit.tensors.index(spec)][1]
         if parameter.shape != home.shape or parameter.dtype != home.dtype:
-            raise MarchError(
+            raise TraversalError(
                 f"{spec.name} was replaced by a {parameter.dtype} tensor of shape {tuple(parameter.shape)}; the "
                 f"store holds {home.dtype} of shape {tuple(home.shape)}. To convert a trained model, call "
                 "`trainer.close()` first: it is an ordinary model from then on."
             )
         home.copy_(parameter.data)
-        parameter.data = self._resting[spec.tensor_id] = home
+        parameter.data = self._bound_home[spec.tensor_id] = home
 
     def _refuse_if_behind(self, spec: TensorSpec, unit: Unit) -> None:
         if self._store.is_behind(unit):
             self._seen_versions[spec.tensor_id] = self._parameters[spec.tensor_id]._version  # said once
-            raise MarchError(
+            raise TraversalError(
                 f"{spec.name} was changed in place while steps were pending that it had not absorbed: they would be "
                 "added to the new values. Call `trainer.engine.flush()` before changing weights between steps."
             )
@@ -247,14 +252,14 @@ class Binding:
         return views
 
     def _home_views(self, unit_index: int) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        unit, known = self.layout.units[unit_index], self._rest_views.get(unit_index)
+        unit, known = self.layout.units[unit_index], self._views_at_home.get(unit_index)
         found = self._store.tensors(unit, unless_version=known and known[0])
         if found is None:
             assert known is not None
             return known[1]
         parameters = (self._parameters[spec.tensor_id] for spec in unit.tensors)
         views = list(zip(parameters, found[0], strict=True))
-        self._rest_views[unit_index] = (found[1], views)
+        self._views_at_home[unit_index] = (found[1], views)
         return views
 
     @cached_property

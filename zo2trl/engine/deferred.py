@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from zo2trl.errors import MarchError
+from zo2trl.errors import TraversalError
 
 __all__ = ["CHUNK_ROWS", "Deferral", "DeferredRows", "defer"]
 
@@ -81,7 +81,7 @@ class _Node:
         """Make it real."""
         if self.real is None:
             if self.deferral.is_over:
-                raise MarchError(
+                raise TraversalError(
                     "Logits were asked for after the pass they belong to had ended in an error: they were never made, "
                     "and the weights they need are gone."
                 )
@@ -122,7 +122,7 @@ class _Origin(_Node):
 
     def _make(self) -> torch.Tensor:
         if self._rows._version != self._version:
-            raise MarchError(
+            raise TraversalError(
                 "The hidden states were changed in place after the head had got them and before its logits were made: "
                 "clone them before changing them."
             )

@@ -1,7 +1,7 @@
 """Which blocks may be visited leaf by leaf: found out once, by comparing losses, before the first step.
 
 A leaf hook is wrong without a sound where a parent module reads a child's weights without calling it, or where a leaf
-runs twice. Parameters that are not leased are NaN during a march, so the first case shows in the loss; the second
+runs twice. Parameters that are not leased are NaN during a traversal, so the first case shows in the loss; the second
 shows in the list of visits; and where whole blocks fit the budgets as well, the losses must agree to the last bit.
 
 Blocks of one class with the same leaves are judged together.
@@ -17,8 +17,8 @@ import torch
 
 from zo2trl.engine.opening import EngineOptions, plan_again
 from zo2trl.engine.step import Engine
-from zo2trl.errors import BudgetError, MarchError
-from zo2trl.tiers.layout import Layout
+from zo2trl.errors import BudgetError, TraversalError
+from zo2trl.layout.layout import Layout
 
 __all__ = ["settle_granularity"]
 
@@ -34,7 +34,7 @@ def settle_granularity(engine: Engine, loss: Callable[[], torch.Tensor], *, opti
 
     Raises:
         BudgetError: a block must stay whole and does not fit `device_memory`.
-        MarchError: the loss is not finite leaf by leaf, and whole blocks do not fit to tell why.
+        TraversalError: the loss is not finite leaf by leaf, and whole blocks do not fit to tell why.
     """
     leafy = engine.store.layout.leaf_blocks
     if not leafy:
@@ -46,7 +46,7 @@ def settle_granularity(engine: Engine, loss: Callable[[], torch.Tensor], *, opti
     for group in groups:
         by_leaf = run(leafy if by_block is None else group)
         if by_block is None and not math.isfinite(by_leaf or math.nan):
-            raise MarchError(
+            raise TraversalError(
                 "The loss is not finite when this model is visited leaf by leaf, and `device_memory` is too small to "
                 "compare with whole blocks. Either the weights or the batch give NaN, or modules of this model read "
                 'each other\'s weights: raise `device_memory` and set `granularity="block"`.'
@@ -58,8 +58,8 @@ def settle_granularity(engine: Engine, loss: Callable[[], torch.Tensor], *, opti
         logger.warning(
             "%d blocks (%s ...) are visited whole: no leaf of them can be visited alone.", len(whole), whole[0]
         )
-    plan = plan_again(engine.model, options, homes=engine.store.placement, leaf_blocks=good)
-    engine.regranulate(plan.layout, plan.placement)
+    plan = plan_again(engine.model, options, current=engine.store.placement, leaf_blocks=good)
+    engine.relayout(plan.layout, plan.placement)
 
 
 def _loss_with_leaves(
@@ -67,10 +67,10 @@ def _loss_with_leaves(
 ) -> float | None:
     """The loss at clean weights with these blocks visited by leaf and the others whole; None if that does not fit."""
     try:
-        plan = plan_again(engine.model, options, homes=engine.store.placement, leaf_blocks=leaf_blocks)
+        plan = plan_again(engine.model, options, current=engine.store.placement, leaf_blocks=leaf_blocks)
     except BudgetError:
         return None
-    engine.regranulate(plan.layout, plan.placement)
+    engine.relayout(plan.layout, plan.placement)
     return float(engine.run_clean([loss])[0])
 
 

@@ -6,7 +6,7 @@ A pass runs in a greenlet. Thread-local state of torch (grad mode, autocast, fun
 into the next at a hand-over, so each pass carries its own. Autocast's weight cache is emptied at every hand-over: it
 is keyed by Parameter, and the next pass sees other values in the same Parameter.
 
-Invariant: when `march` returns or raises, no pass is suspended and the caller's modes are what they were.
+Invariant: when `traversal` returns or raises, no pass is suspended and the caller's modes are what they were.
 """
 
 import contextvars
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from zo2trl.zo.estimators import Probe
 
-__all__ = ["Pass", "PassAborted", "PassLocal", "current_pass", "march"]
+__all__ = ["Pass", "PassAborted", "PassLocal", "current_pass", "traverse"]
 
 
 class PassAborted(BaseException):
@@ -143,14 +143,14 @@ class Pass(greenlet):
 
 
 def current_pass() -> Pass | None:
-    """The pass this code runs in, or None outside any march."""
+    """The pass this code runs in, or None outside any traversal."""
     here = getcurrent()
     while here is not None and not isinstance(here, Pass):
         here = here.parent
     return here
 
 
-def march(
+def traverse(
     passes: Sequence[Pass], serve: Callable[[int, list[Pass]], None], *, pass_locals: Sequence[PassLocal] = ()
 ) -> list[Any]:
     """Run passes to their ends; values in order.
@@ -178,7 +178,7 @@ def _abort(p: Pass) -> None:
         return
     outer = _Modes()
     p._enter(outer)
-    # Whatever its clean-up code raises in turn: the error that ended the march is the one to be told.
+    # Whatever its clean-up code raises in turn: the error that ended the traversal is the one to be told.
     with suppress(BaseException):
         p.parent = getcurrent()
         p.throw(PassAborted)

@@ -15,32 +15,34 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import nn
 
-from zo2trl.engine.joining import agree_on_run, join_runs
-from zo2trl.engine.ranks import ALONE, Ranks
-from zo2trl.engine.runs import Mode, Run, open_run
+from zo2trl.checkpoints.model_files import describe_model, is_saved_as_adapter
+from zo2trl.engine.join_ranks import agree_on_run, join_stores
+from zo2trl.engine.open_store import Mode, StoreSpec, open_store
 from zo2trl.engine.step import Engine
 from zo2trl.errors import BudgetError, ConfigError, StoreForeign
+from zo2trl.files.fs import FS, LOCAL
+from zo2trl.layout.layout import Layout, plan_layout
+from zo2trl.layout.quantised import quantised_digest
+from zo2trl.parallel.ranks import ALONE, Ranks
+from zo2trl.planning.budgets import Budgets, TierName
+from zo2trl.planning.cost_model import CostModel, Work
+from zo2trl.planning.placement import Placement, place, place_again
+from zo2trl.planning.write_schedule import WriteSchedule
 from zo2trl.tiers.folder import StoreFolder
-from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.layout import Layout, plan_layout
-from zo2trl.tiers.model_files import describe_model, is_saved_as_adapter
-from zo2trl.tiers.pace import Pace, Work
-from zo2trl.tiers.placement import Budgets, Placement, TierName, place, place_again
-from zo2trl.tiers.quantised import quantised_digest
-from zo2trl.tiers.rhythm import Rhythm
 from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import TwoSidedSPSA
 from zo2trl.zo.mezo import MezoNoise, MezoSeeds, device_kind
-from zo2trl.zo.noise import Noise, derive_seed, make_noise
+from zo2trl.zo.noise import Noise, make_noise
 from zo2trl.zo.rules import Rounding, UpdateAlong, UpdateRule
+from zo2trl.zo.seeds import derive_seed
 
 __all__ = [
     "EngineOptions",
     "Plan",
+    "cost_model_of",
     "has_run",
     "n_probes",
     "open_engine",
-    "pace_of",
     "place_units",
     "plan_again",
     "plan_engine",
@@ -108,14 +110,14 @@ class Plan:
     placement: Placement
 
 
-def plan_again(model: nn.Module, options: EngineOptions, *, homes: Placement, leaf_blocks: Collection[str]) -> Plan:
+def plan_again(model: nn.Module, options: EngineOptions, *, current: Placement, leaf_blocks: Collection[str]) -> Plan:
     """Lay out a model whose units have homes already, with these blocks visited by leaf and the others whole.
 
     Raises:
         BudgetError: see `place_again`.
     """
     layout = _layout_of(model, options)(leaf_blocks=frozenset(leaf_blocks))
-    return Plan(layout=layout, placement=place_again(layout, homes, options.budgets))
+    return Plan(layout=layout, placement=place_again(layout, current, options.budgets))
 
 
 def plan_engine(model: nn.Module, options: EngineOptions) -> Plan:
@@ -129,15 +131,15 @@ def plan_engine(model: nn.Module, options: EngineOptions) -> Plan:
     if options.budgets.device == "min" and options.granularity != "block":
         return Plan(layout=(layout := by_leaf()), placement=place_units(layout, options))
     try:
-        homes = place_units(by_block, options)
+        current = place_units(by_block, options)
     except BudgetError:
         if options.granularity == "block":
             raise
         return Plan(layout=(layout := by_leaf()), placement=place_units(layout, options))
     if options.granularity == "leaf":
         # With homes that leave room for whole blocks, those that turn out to need it can be visited whole.
-        return Plan(layout=(layout := by_leaf()), placement=place_again(layout, homes, options.budgets))
-    return Plan(layout=by_block, placement=homes)
+        return Plan(layout=(layout := by_leaf()), placement=place_again(layout, current, options.budgets))
+    return Plan(layout=by_block, placement=current)
 
 
 def _layout_of(model: nn.Module, options: EngineOptions) -> Callable[..., Layout]:
@@ -177,9 +179,9 @@ def open_engine(model: nn.Module, options: EngineOptions, *, mode: Mode = "begin
         undo.callback(folder.close)
         named = dict(model.named_parameters(remove_duplicate=False))
         source: Source = lambda spec: named[spec.name].detach().to(spec.dtype)  # noqa: E731
-        store = open_run(folder, run, source, mode=mode, fs=fs)
+        store = open_store(folder, run, source, mode=mode, fs=fs)
         undo.callback(store.close)
-        join_runs(ranks, store)
+        join_stores(ranks, store)
         _move_buffers(model, options.device)
         estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
         engine = Engine(model, store, estimator=estimator, seeds=seeds, ranks=ranks)
@@ -230,10 +232,10 @@ def _open_folder(model: nn.Module, plan: Plan, options: EngineOptions, *, mode: 
     return folder
 
 
-def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.Module) -> Run:
+def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.Module) -> StoreSpec:
     n_weights = sum(spec.numel for spec in plan.layout.trainable_tensors())
-    n_steps = pace_of(plan.layout, options).steps_replayed_in(options.max_replay_s, n_weights=n_weights)
-    rhythm = Rhythm(
+    n_steps = cost_model_of(plan.layout, options).steps_replayed_in(options.max_replay_s, n_weights=n_weights)
+    write_schedule = WriteSchedule(
         write_back=write_back_intervals(plan.layout, plan.placement, options),
         snapshot=max(n_steps, 1),
     )
@@ -241,8 +243,9 @@ def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.M
         "direction": options.direction, "decays": sorted(options.decay_names), "seed": options.seed,
         "quantised": quantised_digest(model),
     }  # fmt: skip
-    return Run(
-        layout=plan.layout, placement=plan.placement, rule=rule, rhythm=rhythm, device=options.device, facts=facts,
+    return StoreSpec(
+        layout=plan.layout, placement=plan.placement, rule=rule, write_schedule=write_schedule,
+        device=options.device, facts=facts,
         base_folder=options.base_folder, sync_every=options.sync_every,
         describe=partial(_describe, model, also=options.describe), saves_adapter=is_saved_as_adapter(model),
     )  # fmt: skip
@@ -289,11 +292,11 @@ def write_back_intervals(layout: Layout, placement: Placement, options: EngineOp
         if options.write_back_every < 1:
             raise ConfigError(f'`write_back_every` must be at least 1 step or "auto", got {options.write_back_every}.')
         return dict.fromkeys(("cpu", "disk"), options.write_back_every)
-    return pace_of(layout, options).write_back_intervals(placement.n_bytes(layout))
+    return cost_model_of(layout, options).write_back_intervals(placement.n_bytes(layout))
 
 
-def pace_of(layout: Layout, options: EngineOptions) -> Pace:
-    """How fast steps are with these options, by rates measured once (tiers/pace.py)."""
+def cost_model_of(layout: Layout, options: EngineOptions) -> CostModel:
+    """How fast steps are with these options, by rates measured once (planning/cost_model.py)."""
     trained = layout.trainable_tensors()
     work = Work(
         token_passes=n_probes(options) * options.tokens_per_step, num_directions=options.num_directions,
@@ -301,7 +304,7 @@ def pace_of(layout: Layout, options: EngineOptions) -> Pace:
         rounding=options.rounding or _default_rounding(layout),
         trained_share=sum(tensor.n_bytes for tensor in trained) / max(layout.n_bytes, 1),
     )  # fmt: skip
-    return Pace.on(options.device.type, work)
+    return CostModel.on(options.device.type, work)
 
 
 def place_units(layout: Layout, options: EngineOptions) -> Placement:
@@ -310,5 +313,5 @@ def place_units(layout: Layout, options: EngineOptions) -> Placement:
     Raises:
         BudgetError: see `place`.
     """
-    pace = pace_of(layout, options) if options.device.type == "cuda" else None
-    return place(layout, options.budgets, pace)
+    cost_model = cost_model_of(layout, options) if options.device.type == "cuda" else None
+    return place(layout, options.budgets, cost_model)

@@ -19,14 +19,14 @@ from torch import nn
 
 from zo2trl.engine.audit import Audit, exchange_losses
 from zo2trl.engine.binding import Binding, Forward
-from zo2trl.engine.displacing import Displacer
-from zo2trl.engine.lockstep import Pass, PassLocal, current_pass, march
-from zo2trl.engine.ranks import ALONE, Ranks
-from zo2trl.errors import LossPrecisionError, MarchError, TrainingDiverged
-from zo2trl.tiers.interrupts import let_interrupts_in, uninterrupted
-from zo2trl.tiers.layout import Layout, VisitPoint
-from zo2trl.tiers.placement import Placement
-from zo2trl.tiers.spans import spanned
+from zo2trl.engine.lockstep import Pass, PassLocal, current_pass, traverse
+from zo2trl.engine.perturbing import Perturber
+from zo2trl.errors import LossPrecisionError, TrainingDiverged, TraversalError
+from zo2trl.files.interrupts import let_interrupts_in, uninterrupted
+from zo2trl.files.tracing import traced
+from zo2trl.layout.layout import Layout, VisitPoint
+from zo2trl.parallel.ranks import ALONE, Ranks
+from zo2trl.planning.placement import Placement
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import CLEAN, Estimate, Probe, TwoSidedSPSA
@@ -37,7 +37,7 @@ __all__ = ["MAX_SKIPS_IN_A_ROW", "Engine"]
 MAX_SKIPS_IN_A_ROW = 10
 logger = logging.getLogger(__name__)
 
-REST = 0  # index of the rest point in every layout
+ROOT = 0  # index of the root point in every layout
 
 Closure = Callable[[], Any]
 
@@ -71,19 +71,19 @@ class Engine:
     ) -> None:
         self.model, self.store, self.estimator, self.ranks = model, store, estimator, ranks
         self._seeds = seeds
-        self._audit: Audit | None = None  # of the march that is under way, if anybody compares weights
+        self._audit: Audit | None = None  # of the traversal that is under way, if anybody compares weights
         self._pending: _Pending | None = None
         self._n_skips = _skips_at_end(store.journal.records)
-        self.visited: list[int] = []  # indices of the points the last march served, in order
-        self._displacer = Displacer(store)
-        self._is_poisoned = False  # by the march that goes on
+        self.visited: list[int] = []  # indices of the points the last traversal served, in order
+        self._perturber = Perturber(store)
+        self._is_poisoned = False  # by the traversal that goes on
         self.on_shutdown: list[Callable[[], Any]] = []  # what callers did to the model, to be undone
         self.pass_locals: list[PassLocal] = []  # what every pass has its own of
         self._bind()
 
     def _bind(self) -> None:
         self.binding = Binding(self.model, self.store.layout, self.store)
-        self.binding.put_to_rest()
+        self.binding.bind_home()
         self.binding.hook(self._around, after_stack=self._after_stack, before_state=self.flush)
 
     @property
@@ -93,14 +93,15 @@ class Engine:
 
     # -- what callers do
 
-    def step(self, losses: Sequence[Closure], *, step: int, passes_per_march: int = 1 << 30) -> Estimate:
+    def step(self, losses: Sequence[Closure], *, step: int, passes_per_traversal: int = 1 << 30) -> Estimate:
         """Evaluate every probe on every micro-batch and estimate the slope; weights do not change yet.
 
         Args:
             losses: one closure a micro-batch; each returns a scalar tensor in fp32 or float64. A probe's loss is
                 their sum, over all processes. Closures are called once per probe of this process, in `no_grad`.
             step: the optimizer step, which names the directions.
-            passes_per_march: micro-batches are split over several marches so that no more passes are alive at once.
+            passes_per_traversal: micro-batches are split over several traversals so that no more passes are alive at
+                once.
                 The same in all processes: losses may gather metrics over them, which they do in the order of passes.
 
         Raises:
@@ -109,11 +110,11 @@ class Engine:
         """
         self._pending = None
         probes, seed = self.probes, self._seeds(step)
-        group = max(passes_per_march // len(probes), 1)
+        group = max(passes_per_traversal // len(probes), 1)
         values: list[torch.Tensor] = []
         with self._auditing(step) as audit:
             for start in range(0, len(losses), group):
-                values += self._march(
+                values += self._traversal(
                     [(run, probe) for run in losses[start : start + group] for probe in probes], seed=seed
                 )
         losses_there = _in_fp64(values)
@@ -168,14 +169,14 @@ class Engine:
         with self._saying_what_fills_memory():
             self.store.append(record)
 
-    def rehearse(self, losses: Sequence[Closure]) -> None:
+    def dry_run(self, losses: Sequence[Closure]) -> None:
         """Do what a step does up to its losses, and nothing with them: for those who measure."""
-        self._march([(run, probe) for run in losses for probe in self.probes], seed=0)
+        self._traversal([(run, probe) for run in losses for probe in self.probes], seed=0)
 
     def run_clean(self, closures: Sequence[Closure]) -> list[Any]:
-        """Call every closure once on the weights as they are, all in one march; their values in order."""
+        """Call every closure once on the weights as they are, all in one traversal; their values in order."""
         with self.store.writing_back():
-            return self._march([(run, CLEAN) for run in closures], seed=0)
+            return self._traversal([(run, CLEAN) for run in closures], seed=0)
 
     @uninterrupted
     def flush(self) -> None:
@@ -183,26 +184,26 @@ class Engine:
         if current_pass() is None and self.store.is_open:
             self._adopt_changes()
             self.store.flush()
-            self.binding.put_to_rest()
+            self.binding.bind_home()
 
     def replace_weights(self, source: Source) -> None:
         """Overwrite every weight from outside (a checkpoint)."""
         self.store.replace(source)
-        self.binding.put_to_rest()
+        self.binding.bind_home()
 
     def go_back(self, position: int, *, base: Source) -> None:
         """Show the weights after `position` records; see `TieredStore.go_back`."""
         self.store.go_back(position, base=base)
-        self.binding.put_to_rest()
+        self.binding.bind_home()
 
-    def regranulate(self, layout: Layout, placement: Placement) -> None:
+    def relayout(self, layout: Layout, placement: Placement) -> None:
         """Visit the same units at other points (whole blocks, leaves), or let them live elsewhere."""
         self._adopt_changes()  # what was written into the views up to here would not be seen through new ones
         self.binding.unhook()
         self.binding.let_go()  # a unit that moves away should not be held here as well
-        self._displacer.free()
+        self._perturber.free()
         try:
-            self.store.regranulate(layout, placement)
+            self.store.relayout(layout, placement)
         finally:
             self._bind()
 
@@ -218,40 +219,42 @@ class Engine:
             for undo in reversed(self.on_shutdown):
                 everything.callback(undo)
             everything.callback(self.store.close)
-            everything.callback(self._displacer.free)
+            everything.callback(self._perturber.free)
             everything.callback(self.binding.unhook)
             if flush:
                 everything.callback(self.binding.set_misfits_aside())
                 self.flush()
 
-    # -- marching
+    # -- traversing
 
     # Signals wait while parameters are bound or poisoned: what they point to would be taken for a user's new weights.
     @uninterrupted
-    @spanned("march", lambda engine, runs, **_: f"{len(runs)} passes")
-    def _march(self, runs: Sequence[tuple[Closure, Probe]], *, seed: int) -> list[Any]:
+    @traced("traversal", lambda engine, runs, **_: f"{len(runs)} passes")
+    def _traversal(self, runs: Sequence[tuple[Closure, Probe]], *, seed: int) -> list[Any]:
         if current_pass() is not None:
-            raise MarchError("A march was started from inside another march: a loss closure must only run the model.")
+            raise TraversalError(
+                "A traversal was started from inside another traversal: a loss closure must only run the model."
+            )
         self._adopt_changes()
         self.visited = []
         own = self.pass_locals
         self._is_poisoned = False
-        passes = [Pass(run, probe, first_point=REST, pass_locals=own) for run, probe in runs]
+        passes = [Pass(run, probe, first_point=ROOT, pass_locals=own) for run, probe in runs]
         with torch.no_grad(), self._saying_what_fills_memory():
             try:
-                values = march(passes, lambda index, waiting: self._serve(index, waiting, seed), pass_locals=own)
+                values = traverse(passes, lambda index, waiting: self._serve(index, waiting, seed), pass_locals=own)
             except BaseException:
-                self.store.settle()  # unit versions that this march leaves incomplete are forgotten
+                self.store.settle()  # unit versions that this traversal leaves incomplete are forgotten
                 raise
             finally:
-                self.binding.put_to_rest()
-        self.store.end_march()
+                self.binding.bind_home()
+        self.store.end_traversal()
         self._expect_the_same_again()
         return values
 
     def _wait_for_device(self) -> None:
         # Reading a number from the device waits for it with the interpreter locked: threads that write units back and
-        # fetch the next ones would stand still until the march has been computed. This wait lets them go on.
+        # fetch the next ones would stand still until the traversal has been computed. This wait lets them go on.
         if self.store.device.type == "cuda":
             torch.cuda.current_stream(self.store.device).synchronize()
 
@@ -264,22 +267,24 @@ class Engine:
             error.add_note(_memory_note(self.store))
             raise
 
-    @spanned("visit", lambda engine, index, *_: engine.store.layout.points[index].module_name or "rest")
+    @traced("visit", lambda engine, index, *_: engine.store.layout.points[index].module_name or "root")
     def _serve(self, index: int, waiting: Sequence[Pass], seed: int) -> None:
         let_interrupts_in()  # between two visits nothing is lent
         point = self.store.layout.points[index]
         self.visited.append(index)
         probes = list(dict.fromkeys(one.probe for one in waiting))
-        with self.store.lend(point) as loans:
+        with self.store.lease(point) as leases:
             if self._audit is not None:
-                self._audit.see(loans)
-            weights = [loan.weights for loan in loans]
-            for round_ in self._displacer.rounds(loans, probes, seed=seed):
-                if not self._is_poisoned:  # only now: the device has waited for its first work since the last march
+                self._audit.see(leases)
+            weights = [lease.weights for lease in leases]
+            for round_ in self._perturber.rounds(leases, probes, seed=seed):
+                if (
+                    not self._is_poisoned
+                ):  # only now: the device has waited for its first work since the last traversal
                     self.binding.poison_all()
                     self._is_poisoned = True
-                for probe, displaced in round_:
-                    self.binding.bind(point, weights, perturbed=displaced)
+                for probe, perturbed in round_:
+                    self.binding.bind(point, weights, perturbed=perturbed)
                     for one in waiting:
                         if one.probe == probe:
                             one.resume()
@@ -300,22 +305,22 @@ class Engine:
 
     @uninterrupted
     def _visit_alone(self, point: VisitPoint, forward: Forward, arguments: tuple[tuple, dict]) -> Any:
-        """A forward outside any march: lease, bind, run, put to rest."""
+        """A forward outside any traversal: lease, bind, run, put to rest."""
         self._adopt_changes(point)
-        with self.store.writing_back(), self.store.lease(point) as clean:
+        with self.store.writing_back(), self.store.lease_clean(point) as clean:
             self.binding.bind(point, clean)
             try:
                 with self._refusing_backward(point):
                     return forward(*arguments[0], **arguments[1])
             finally:
-                self.binding.rest_point(point)
+                self.binding.bind_home_of(point)
 
     def _adopt_changes(self, point: VisitPoint | None = None) -> None:
         if changed := self.binding.adopt_changes(point):
             if point is not None:  # whoever wrote here wrote elsewhere, too: all of it becomes durable together
                 changed = list(dict.fromkeys([*changed, *self.binding.adopt_changes()]))
             self.store.adopt_changes(changed)
-            self.binding.put_to_rest()
+            self.binding.bind_home()
 
     def _refusing_backward(self, point: VisitPoint) -> AbstractContextManager[Any]:
         # Autograd would keep views of a ring slot, which holds other weights by the time of the backward pass.
@@ -326,9 +331,9 @@ class Engine:
     def _after_stack(self) -> None:
         running = current_pass()
         if running is not None:
-            running.wait_for(REST)
+            running.wait_for(ROOT)
         else:  # the user is next: what they write must not meet copies fetched ahead
-            self.store.homes_changed()
+            self.store.weights_changed()
 
     def _skip(self, pending: _Pending) -> None:
         self._n_skips += 1
@@ -367,7 +372,7 @@ def _skips_at_end(records: Sequence[Record]) -> int:
 
 
 def _no_backward(saved: Any) -> Any:
-    raise MarchError(
+    raise TraversalError(
         "A backward pass cannot go through streamed weights: they are gone from the device by now. Call "
         "`trainer.close()` first, which leaves an ordinary model, or use `torch.no_grad()`."
     )

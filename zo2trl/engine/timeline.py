@@ -46,16 +46,16 @@ class Summary:
     """What a timeline says of the steps in it.
 
     Attributes:
-        n_marches: marches in the trace.
-        window_s: what the shares are shares of: from the first march's start to the last one's, so that uploads that
-            run across the end of a step count where they belong; the march itself if there is only one.
+        n_traversals: traversals in the trace.
+        window_s: what the shares are shares of: from the first traversal's start to the last one's, so that uploads
+            that run across the end of a step count where they belong; the traversal itself if there is only one.
         busy: lane -> share of the window in which at least one thing was going on there.
         n_bytes: lane -> bytes moved in the window (copies only).
         gb_per_s: lane -> those bytes over the time the lane was busy, in 1e9 bytes per second.
-        host_syncs: "call during unit" -> how often the main thread waited for the GPU inside a march.
+        host_syncs: "call during unit" -> how often the main thread waited for the GPU inside a traversal.
     """
 
-    n_marches: int
+    n_traversals: int
     window_s: float
     busy: dict[str, float]
     n_bytes: dict[str, int]
@@ -68,7 +68,8 @@ class Summary:
             for lane, share in self.busy.items()
         )
         syncs = ", ".join(f"{n} x {what}" for what, n in self.host_syncs.items()) or "none"
-        return f"{self.n_marches} marches, {self.window_s * 1e3:.1f} ms; busy: {lanes}; host synchronisations: {syncs}"
+        window = f"{self.n_traversals} traversals, {self.window_s * 1e3:.1f} ms"
+        return f"{window}; busy: {lanes}; host synchronisations: {syncs}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +78,12 @@ class Timeline:
 
     Attributes:
         lanes: lane -> what went on there, by start; only lanes on which something did, in the order of `LANES`.
-        marches: the marches.
-        syncs: calls inside a march by which its thread waited for the GPU.
+        traversals: the traversals.
+        syncs: calls inside a traversal by which its thread waited for the GPU.
     """
 
     lanes: dict[str, list[Interval]]
-    marches: list[Interval]
+    traversals: list[Interval]
     syncs: list[Interval] = field(default_factory=list)
 
     @classmethod
@@ -104,18 +105,20 @@ class Timeline:
         lanes["compute"] = list(_merged(lanes["compute"], gap_s=GAP_S))
         return cls(
             lanes={lane: lanes[lane] for lane in LANES if lanes[lane]},
-            marches=[_interval(event, event["name"]) for event in complete if event.get("cat") == f"{SPAN}march"],
+            traversals=[
+                _interval(event, event["name"]) for event in complete if event.get("cat") == f"{SPAN}traversal"
+            ],
             syncs=list(threads.syncs(complete)),
         )
 
     @property
     def window(self) -> Interval:
         """Whole steps: see `Summary.window_s`."""
-        if not self.marches:
+        if not self.traversals:
             everything = [interval for lane in self.lanes.values() for interval in lane] or [Interval(0.0, 0.0)]
             return Interval(min(i.start_s for i in everything), max(i.end_s for i in everything))
-        first, last = self.marches[0], self.marches[-1]
-        return Interval(first.start_s, last.start_s if len(self.marches) > 1 else last.end_s)
+        first, last = self.traversals[0], self.traversals[-1]
+        return Interval(first.start_s, last.start_s if len(self.traversals) > 1 else last.end_s)
 
     def summary(self) -> Summary:
         """See `Summary`."""
@@ -125,7 +128,7 @@ class Timeline:
         n_bytes = {lane: _bytes_in(intervals, window) for lane, intervals in self.lanes.items()}
         n_bytes = {lane: n for lane, n in n_bytes.items() if n}
         return Summary(
-            n_marches=len(self.marches),
+            n_traversals=len(self.traversals),
             window_s=length_s,
             busy={lane: seconds / length_s if length_s else 0.0 for lane, seconds in busy_s.items()},
             n_bytes=n_bytes,
@@ -139,12 +142,12 @@ class _Threads:
 
     def __init__(self, events: Sequence[Event]) -> None:
         self._spans: dict[int, list[Event]] = defaultdict(list)
-        self._marches: dict[int, list[Event]] = defaultdict(list)
+        self._traversals: dict[int, list[Event]] = defaultdict(list)
         self._aliases: dict[int, int] = {}
         for event in events:
             category = str(event.get("cat"))
             if category.startswith(SPAN):
-                spans = self._marches if category == f"{SPAN}march" else self._spans
+                spans = self._traversals if category == f"{SPAN}traversal" else self._spans
                 spans[event["tid"]].append(event)
                 self._aliases[event.get("args", {}).get(CUDA_THREAD, event["tid"])] = event["tid"]
 
@@ -157,13 +160,13 @@ class _Threads:
     def syncs(self, events: Sequence[Event]) -> Iterator[Interval]:
         for event in events:
             name = str(event.get("name")).partition("_")[0]  # some carry the version they were changed in
-            if event.get("cat") in _CALLS and name in _WAITS and self._is_in_a_march(event):
+            if event.get("cat") in _CALLS and name in _WAITS and self._is_in_a_traversal(event):
                 yield _interval(event, f"{name} during {self.unit_at(event) or 'no unit'}")
 
-    def _is_in_a_march(self, call: Event) -> bool:
-        marches = self._marches[self._thread(call)]
-        number = bisect_right(marches, call["ts"], key=lambda march: march["ts"])
-        return number > 0 and call["ts"] < marches[number - 1]["ts"] + marches[number - 1]["dur"]
+    def _is_in_a_traversal(self, call: Event) -> bool:
+        traversals = self._traversals[self._thread(call)]
+        number = bisect_right(traversals, call["ts"], key=lambda traversal: traversal["ts"])
+        return number > 0 and call["ts"] < traversals[number - 1]["ts"] + traversals[number - 1]["dur"]
 
     def _thread(self, call: Event) -> int:
         thread: int = call["tid"]

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from zo2trl.engine.step import Engine
 from zo2trl.engine.timeline import CUDA_THREAD, SPAN, Interval, Summary, Timeline
 from zo2trl.errors import ConfigError
-from zo2trl.tiers.spans import Span, listening
+from zo2trl.files.tracing import Span, listening
 
 __all__ = ["Trace", "draw_timeline", "read_trace", "zo_trace"]
 

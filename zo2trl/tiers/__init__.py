@@ -1,1 +1,1 @@
-"""Where bytes live and how they move: files, the journal, layouts, placement and the three tiers."""
+"""The three tiers of weights, and how bytes move between them: leases, ring, prefetching, staging and writing."""

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 
-from zo2trl.tiers.layout import TensorSpec
+from zo2trl.layout.layout import TensorSpec
 
 __all__ = ["TensorSums", "combine_crcs"]
 

@@ -22,11 +22,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from zo2trl.files.fs import FS, LOCAL
+from zo2trl.files.tracing import traced
+from zo2trl.journal.journal import UnitRecord
+from zo2trl.layout.layout import Segment, TensorSpec, Unit
 from zo2trl.tiers.checksums import TensorSums
-from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.journal import UnitRecord
-from zo2trl.tiers.layout import Segment, TensorSpec, Unit
-from zo2trl.tiers.spans import spanned
 from zo2trl.tiers.tier import Pieces, Source, host_bytes, tensor_views
 from zo2trl.tiers.unit_files import Draft, UnitFiles, check_crc
 
@@ -150,7 +150,7 @@ class VersionHome(DiskHome):
             self._fds.append(self._direct)
         super().__init__(unit, files.read_table(unit, record, self._fds[0]))
 
-    @spanned("disk read", lambda home, *_, **__: home.unit.name)
+    @traced("disk read", lambda home, *_, **__: home.unit.name)
     def read_at(self, into: memoryview, offset: int, *, directly: bool) -> None:
         """See `DiskHome.read_at`."""
         direct = self._direct if directly else None
@@ -234,7 +234,7 @@ class Originals(Protocol):
 
 
 class DiskTier:
-    """Homes of units in files.
+    """Residency of units in files.
 
     Args:
         files: versions of units.
@@ -244,7 +244,7 @@ class DiskTier:
 
     name = "disk"
 
-    _homes: dict[int, DiskHome]
+    _residency: dict[int, DiskHome]
     _drafts: dict[int, Draft]
 
     def __init__(
@@ -256,7 +256,7 @@ class DiskTier:
         fs: FS = LOCAL,
     ) -> None:
         self._files, self._fs, self._keep_base, self._originals = files, fs, keep_base, originals
-        self._homes = {}
+        self._residency = {}
         self._drafts = {}
 
     def adopt(self, unit: Unit, source: Source) -> None:
@@ -264,13 +264,13 @@ class DiskTier:
         if self.find(unit, source):
             return
         draft = self._files.draft(unit, lambda spec: host_bytes(source(spec)), position=0)
-        self.move_in(unit, self._files.publish(draft, is_origin=self._keep_base and unit.is_trained))
+        self.move_in(unit, self._files.publish(draft, is_base=self._keep_base and unit.is_trained))
 
     def find(self, unit: Unit, source: Source) -> bool:
         """Live in files that are there already; False if there are none."""
         home = None if unit.is_trained or self._originals is None else self._originals.home(unit, source)
         if home is not None:
-            self._homes[unit.index] = home
+            self._residency[unit.index] = home
         return home is not None
 
     def restore(self, unit: Unit, record: UnitRecord) -> None:
@@ -308,30 +308,30 @@ class DiskTier:
 
     def move_in(self, unit: Unit, record: UnitRecord) -> None:
         """Make a published version the home."""
-        self._homes[unit.index] = VersionHome(self._files, unit, record, fs=self._fs)
+        self._residency[unit.index] = VersionHome(self._files, unit, record, fs=self._fs)
 
     def home(self, unit: Unit) -> DiskHome:
         """Where the unit is read from."""
-        return self._homes[unit.index]
+        return self._residency[unit.index]
 
     def view(self, unit: Unit) -> torch.Tensor:
         """All of the unit's bytes as its views have them: a map of its version, or a copy from other files."""
-        return torch.from_numpy(self._homes[unit.index].shown(0, unit.n_bytes))
+        return torch.from_numpy(self._residency[unit.index].shown(0, unit.n_bytes))
 
     def tensors(self, unit: Unit) -> list[torch.Tensor]:
         """See `DiskHome.tensors`."""
-        return self._homes[unit.index].tensors()
+        return self._residency[unit.index].tensors()
 
     def drop(self, unit: Unit) -> None:
         """Forget a home; its file stays, and is closed by whoever reads it last."""
-        self._homes.pop(unit.index, None)
+        self._residency.pop(unit.index, None)
 
     def close(self) -> None:
         """Drop maps and unfinished drafts; published files stay."""
         drafts, self._drafts = self._drafts, {}
-        homes, self._homes = self._homes, {}
+        residency, self._residency = self._residency, {}
         with ExitStack() as everything:
-            for home in homes.values():
+            for home in residency.values():
                 everything.callback(home.close)
             for draft in drafts.values():
                 everything.callback(self._files.discard, draft)

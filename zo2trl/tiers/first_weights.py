@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from zo2trl.errors import StoreCorrupt, StoreForeign
-from zo2trl.tiers.layout import TensorSpec, Unit
+from zo2trl.layout.layout import TensorSpec, Unit
 from zo2trl.tiers.tier import Source, host_bytes
 from zo2trl.tiers.unit_files import padded_crc
 

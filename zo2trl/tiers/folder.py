@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Self
 
 from zo2trl.errors import StoreError, StoreForeign
-from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.journal import Journal
+from zo2trl.files.fs import FS, LOCAL
+from zo2trl.journal.journal import Journal
 
 __all__ = ["StoreFolder", "where_it_may_be"]
 

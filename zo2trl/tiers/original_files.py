@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from zo2trl.errors import StoreCorrupt, StoreError
+from zo2trl.files.fs import FS, LOCAL
+from zo2trl.files.tracing import traced
+from zo2trl.layout.layout import TensorSpec, Unit
 from zo2trl.tiers.disk import DiskHome
-from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.layout import TensorSpec, Unit
 from zo2trl.tiers.readers import PIECE_BYTES
-from zo2trl.tiers.spans import spanned
 from zo2trl.tiers.tier import Source, host_bytes
 from zo2trl.tiers.unit_files import padded_crc
 
@@ -168,7 +168,7 @@ class OriginalHome(DiskHome):
     def close(self) -> None:
         """The files are closed by whoever opened them."""
 
-    @spanned("disk read", lambda home, *_, **__: home.unit.name)
+    @traced("disk read", lambda home, *_, **__: home.unit.name)
     def read_at(self, into: memoryview, offset: int, *, directly: bool) -> None:
         """See `DiskHome.read_at`."""
         for place, inside, at in self._extents(offset, len(into)):

@@ -1,4 +1,4 @@
-"""Prefetcher: copies segments from their homes into a ring of device memory, ahead of the march.
+"""Prefetcher: copies segments from their homes into a ring of device memory, ahead of the traversal.
 
 Does not: apply steps, write anything back, or know why a segment is wanted.
 
@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 import torch
 
-from zo2trl.errors import MarchError
-from zo2trl.tiers.layout import Segment
+from zo2trl.errors import TraversalError
+from zo2trl.files.tracing import traced
+from zo2trl.files.waiting import wait_for
+from zo2trl.layout.layout import Segment
 from zo2trl.tiers.ring import Region, Ring, Slot, plan_regions
-from zo2trl.tiers.spans import spanned
-from zo2trl.tiers.waiting import wait_for
 
 __all__ = ["Arrival", "Fetch", "Load", "Prefetcher", "Slot"]
 
@@ -68,7 +68,7 @@ class Prefetcher:
     """Hands out segments in slots; keeps the whole ring loading what comes next.
 
     Args:
-        order: the segments of one whole march, in order of need; see `expect`.
+        order: the segments of one whole traversal, in order of need; see `expect`.
         load: see `Load`.
         ring_bytes: device memory to use.
         device: where that is.
@@ -104,7 +104,7 @@ class Prefetcher:
         self._readers = ThreadPoolExecutor(N_READERS, thread_name_prefix="zo2trl-fetch-disk")
 
     def expect(self, order: Sequence[Segment]) -> None:
-        """Replace the hint: the segments of one whole march, in order of need."""
+        """Replace the hint: the segments of one whole traversal, in order of need."""
         if [s.index for s in order] != [s.index for s in self._order]:
             self.drop()
             self._follow(order)
@@ -115,7 +115,7 @@ class Prefetcher:
         """The segment's bytes in a slot, and what the load says of them; waits for it.
 
         Raises:
-            MarchError: what is lent already leaves no room for it.
+            TraversalError: what is lent already leaves no room for it.
         """
         if not any(fetch.segment is segment for fetch in self._ahead):
             self.drop()
@@ -206,7 +206,7 @@ class Prefetcher:
                 job.exception()
         return self._fill(segment, slot)
 
-    @spanned("fetch", lambda prefetcher, segment, slot: segment.unit.name)
+    @traced("fetch", lambda prefetcher, segment, slot: segment.unit.name)
     def _fill(self, segment: Segment, slot: Slot) -> Arrival:
         return self._load(segment, slot)
 
@@ -224,7 +224,7 @@ class Prefetcher:
             region = Region(start, start + n_bytes)
             if region.stop <= self._ring.n_bytes and not any(other.overlaps(region) for other in lent):
                 return region
-        raise MarchError(
+        raise TraversalError(
             f"Unit {segment.unit.name} is visited while other weights are lent that leave no room for it: its "
             f"{n_bytes:,} bytes do not fit beside {sum(stop - start for start, stop in lent):,} bytes in a ring of "
             f"{self._ring.n_bytes:,}. Raise `device_memory`."

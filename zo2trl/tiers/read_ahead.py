@@ -3,7 +3,7 @@
 With units in host memory between those on disk, a slot is free for the next disk segment only a moment before it is
 wanted, and until then the drive would idle.
 
-Does not: know the order of a march (the prefetcher tells) or where bytes go (staging.py).
+Does not: know the order of a traversal (the prefetcher tells) or where bytes go (staging.py).
 Invariant: a segment is begun in the order of need, and all of it before the next one.
 """
 
@@ -14,7 +14,7 @@ from typing import Generic
 
 import torch
 
-from zo2trl.tiers.layout import Segment
+from zo2trl.layout.layout import Segment
 from zo2trl.tiers.ring import Slot
 from zo2trl.tiers.staging import Begun, R, Staging
 
@@ -31,7 +31,7 @@ class ReadAhead(Generic[R]):
         self._staging, self._open = staging, open
         self._begun = {}
         self._upcoming = []
-        # A fetch thread takes what the march's thread has begun. Giving up a reading makes room, in the same thread.
+        # A fetch thread takes what the traversal's thread has begun. Giving up a reading makes room, in that thread.
         self._lock = threading.RLock()
         staging.on_room = self._go_on
 
@@ -54,7 +54,7 @@ class ReadAhead(Generic[R]):
         return begun.reading
 
     def _go_on(self) -> None:
-        """Also while a load gives its memory back piece by piece: the drive need not wait until the march asks."""
+        """Also while a load gives its memory back piece by piece: the drive need not wait until the traversal asks."""
         with self._lock:
             for segment in self._upcoming:
                 begun = self._begun.setdefault(segment.index, self._new(segment))

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from zo2trl.tiers.layout import Segment, Unit
+from zo2trl.layout.layout import Segment, Unit
 from zo2trl.zo.records import Record
-from zo2trl.zo.rules import Displaced, UpdateRule
+from zo2trl.zo.rules import UpdateRule
+from zo2trl.zo.tiles import Perturbed
 
 __all__ = ["Ledger", "catch_up"]
 
@@ -64,7 +65,7 @@ def catch_up(
     *,
     position: int,
     rule: UpdateRule,
-    probes: Sequence[Displaced] = (),
+    probes: Sequence[Perturbed] = (),
     keep: bool = True,
 ) -> bool:
     """Replay `records[position:]` on a segment's bytes (uint8, on the device). True if they have absorbed them now.

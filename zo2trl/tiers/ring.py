@@ -18,14 +18,13 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from zo2trl.errors import BudgetError
-from zo2trl.tiers.layout import Segment
+from zo2trl.layout.layout import ALIGNMENT_BYTES, Segment
 from zo2trl.tiers.readers import aligned_bytes
 
-__all__ = ["ALIGNMENT", "Region", "Ring", "Slot", "makespan", "plan_regions", "plan_ring"]
+__all__ = ["Region", "Ring", "Slot", "makespan", "plan_regions", "plan_ring"]
 
-ALIGNMENT = 4096  # bytes: kernels and reads past the page cache want aligned starts; segments are this long anyway
 MAX_TRIED = 6  # places to turn at, and as many for the last lap: planning takes milliseconds
-SAMPLE = 256  # segments of a march that is played through
+SAMPLE = 256  # segments of a traversal that is played through
 
 T = TypeVar("T")
 
@@ -68,15 +67,15 @@ def plan_regions(order: Sequence[Segment], n_bytes: int) -> dict[int, Region]:
 def plan_ring(sizes: Sequence[int], n_bytes: int) -> list[int]:
     """Where segments of these sizes, which come round in this order for ever, start in a ring of `n_bytes` bytes.
 
-    One behind the other; where the next one does not fit, from 0 again. Two things are tried out by playing a march
+    One behind the other; where the next one does not fit, from 0 again. Two things are tried out by playing a
     through (`makespan`), for both can leave the link idle:
     - where to turn back to 0. Later is not always better: the hole behind the turn is lost, and what comes first after
       it may lie where its predecessor still is (OPT-13B on an H200: 459 ms a step with 3 times the largest leaf, 477
       with 2 times, and 485 with 2.5 times);
     - where the last lap lies, for the next round begins at 0 whatever is there.
     """
-    aligned = tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-    return list(_plan(aligned, n_bytes // ALIGNMENT * ALIGNMENT))
+    aligned = tuple(-(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in sizes)
+    return list(_plan(aligned, n_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES))
 
 
 @lru_cache(maxsize=16)
@@ -84,10 +83,10 @@ def _plan(sizes: tuple[int, ...], n_bytes: int) -> tuple[int, ...]:
     if not sizes:
         return ()
     # Across the seam of two rounds, and as often round as it takes; of a long order this much will do: blocks repeat.
-    march = [i % len(sizes) for i in range(-SAMPLE // 2, SAMPLE // 2)]
+    traversal = [i % len(sizes) for i in range(-SAMPLE // 2, SAMPLE // 2)]
     laid_out = (_laid_out(sizes, lap) for lap in (n_bytes, *_shorter_laps(sizes, n_bytes)))
     plans = (plan for starts in laid_out for plan in _with_last_lap_moved(sizes, starts, n_bytes))
-    return min(plans, key=lambda starts: makespan([sizes[i] for i in march], [starts[i] for i in march]))
+    return min(plans, key=lambda starts: makespan([sizes[i] for i in traversal], [starts[i] for i in traversal]))
 
 
 def _laid_out(sizes: Sequence[int], lap: int) -> tuple[int, ...]:
@@ -125,7 +124,7 @@ def _thinned(values: Iterable[int]) -> list[int]:
 
 
 def makespan(sizes: Sequence[int], starts: Sequence[int]) -> int:
-    """How long a march over these segments takes, in bytes copied, if computing with one takes as long as its copy.
+    """How long a traversal over these segments takes, in bytes copied, if computing on one takes as long as its copy.
 
     Copies run one after the other, each as soon as nobody uses its region any more. Balanced like that, every wait
     shows.

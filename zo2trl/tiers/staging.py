@@ -21,7 +21,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from zo2trl.tiers.cpu import pin, unpin
+from zo2trl.tiers.host import pin, unpin
 from zo2trl.tiers.readers import N_READERS, PIECE_BYTES, Readers, aligned_bytes
 from zo2trl.tiers.ring import Slot
 from zo2trl.tiers.tier import host_bytes

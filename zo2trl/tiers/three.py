@@ -2,10 +2,10 @@
 
 from contextlib import ExitStack
 
-from zo2trl.tiers.cpu import HostTier
+from zo2trl.planning.budgets import TierName
+from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.disk import DiskTier
-from zo2trl.tiers.gpu import DeviceTier
-from zo2trl.tiers.placement import TierName
+from zo2trl.tiers.host import HostTier
 
 __all__ = ["AnyTier", "Tiers"]
 

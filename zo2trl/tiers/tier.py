@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from zo2trl.tiers.layout import Segment, TensorSpec, Unit
+from zo2trl.layout.layout import Segment, TensorSpec, Unit
 
 __all__ = ["Pieces", "Source", "Tier", "carve", "copy_pieces", "gathered", "host_bytes", "tensor_view", "tensor_views"]
 
@@ -22,7 +22,7 @@ Pieces = Iterator[tuple[int, memoryview]]
 
 
 class Tier(Protocol):
-    """Homes of units. Buffers are flat uint8 tensors; `Segment.byte_start` counts from the start of the unit."""
+    """Residency of units. Buffers are flat uint8 tensors; `Segment.byte_start` counts from the start of the unit."""
 
     name: str
 

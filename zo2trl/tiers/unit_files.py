@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zo2trl.errors import StoreCorrupt, StoreError
+from zo2trl.files.fs import FS, LOCAL
+from zo2trl.files.paths import inside
+from zo2trl.files.tracing import traced
+from zo2trl.journal.journal import Journal, MarkKind, UnitRecord
+from zo2trl.layout.layout import TensorSpec, Unit
 from zo2trl.tiers.checksums import TensorSums
-from zo2trl.tiers.fs import FS, LOCAL
-from zo2trl.tiers.journal import Journal, MarkKind, UnitRecord
-from zo2trl.tiers.layout import TensorSpec, Unit
-from zo2trl.tiers.paths import inside
-from zo2trl.tiers.spans import spanned
 
 __all__ = ["Draft", "UnitFiles", "check_crc", "file_name", "padded_crc", "table_crc", "tensor_crcs"]
 
@@ -49,7 +49,7 @@ class Draft:
 
     unit: Unit
     position: int
-    edition: int
+    revision: int
     path: Path
     fd: int | None
     crcs: dict[int, int] = field(default_factory=dict)  # tensor id -> CRC32 of its padded bytes
@@ -100,7 +100,7 @@ class UnitFiles:
 
     def path(self, unit: Unit, record: UnitRecord) -> Path:
         """Where a version lies; refused unless that is in the folder."""
-        name = file_name(unit, position=record.position, edition=record.edition)
+        name = file_name(unit, position=record.position, revision=record.revision)
         return inside(self.folder, name, error=StoreCorrupt)
 
     # -- writing
@@ -108,18 +108,18 @@ class UnitFiles:
     def create(self, unit: Unit, *, position: int) -> Draft:
         """Reserve room for a new version. Raises `StoreError` with both byte counts if the disk is full."""
         self._refuse_second_try()
-        same = [record.edition for record in self.versions(unit) if record.position == position]
-        edition = max(same, default=-1) + 1
-        path = self.folder / file_name(unit, position=position, edition=edition)
+        same = [record.revision for record in self.versions(unit) if record.position == position]
+        revision = max(same, default=-1) + 1
+        path = self.folder / file_name(unit, position=position, revision=revision)
         self._fs.unlink(path, missing_ok=True)  # a draft that a crash left behind: no record names it
         fd = self._fs.create(path, unit.n_bytes + CRC_BYTES * len(unit.tensors))
-        return Draft(unit, position, edition, path, fd)
+        return Draft(unit, position, revision, path, fd)
 
     def write(self, draft: Draft, tensors: Sequence[TensorSpec], data: memoryview) -> None:
         """Write consecutive tensors; `data` (bytes) holds them with their padding, except for the last one's."""
         self.write_pieces(draft, tensors, [(tensors[0].byte_offset, data)])
 
-    @spanned("disk write", lambda files, draft, *_: draft.unit.name)
+    @traced("disk write", lambda files, draft, *_: draft.unit.name)
     def write_pieces(
         self, draft: Draft, tensors: Sequence[TensorSpec], pieces: Iterable[tuple[int, memoryview]]
     ) -> None:
@@ -142,10 +142,10 @@ class UnitFiles:
             raise
         return draft
 
-    def publish(self, draft: Draft, *, is_origin: bool = False) -> UnitRecord:
+    def publish(self, draft: Draft, *, is_base: bool = False) -> UnitRecord:
         """Make a complete draft durable, then valid, then remove the version it replaces."""
         with self._no_second_try([draft]):
-            record = self._seal(draft, is_origin=is_origin)
+            record = self._seal(draft, is_base=is_base)
             self._fs.sync_folder(self.folder)
             draft.may_count = True
             self._commit(record)
@@ -156,7 +156,7 @@ class UnitFiles:
         """Make several units' drafts origins at once: after a crash all of them count, or none."""
         assert self._journal is not None, "a store is founded unit by unit"
         with self._no_second_try(drafts):
-            records = [self._seal(draft, is_origin=True) for draft in drafts]
+            records = [self._seal(draft, is_base=True) for draft in drafts]
             self._fs.sync_folder(self.folder)
             for draft, record in zip(drafts, records, strict=True):
                 draft.may_count = True
@@ -186,7 +186,7 @@ class UnitFiles:
                 "open the store again: the journal has every step."
             )
 
-    def _seal(self, draft: Draft, *, is_origin: bool) -> UnitRecord:
+    def _seal(self, draft: Draft, *, is_base: bool) -> UnitRecord:
         assert not draft.lacks(), "a version is published whole"
         unit = draft.unit
         crcs = [draft.crcs[spec.tensor_id] for spec in unit.tensors]
@@ -197,14 +197,14 @@ class UnitFiles:
         finally:
             self._close(draft)
         return UnitRecord(
-            unit=unit.index, position=draft.position, edition=draft.edition, n_bytes=unit.n_bytes,
-            crc=table_crc(crcs), is_origin=is_origin,
+            unit=unit.index, position=draft.position, revision=draft.revision, n_bytes=unit.n_bytes,
+            crc=table_crc(crcs), is_base=is_base,
         )  # fmt: skip
 
     def _replace(self, unit: Unit, record: UnitRecord) -> None:
         before = self._versions.setdefault(unit.index, [])
-        replaced = [old for old in before if not old.is_origin]
-        self._versions[unit.index] = [old for old in before if old.is_origin] + [record]
+        replaced = [old for old in before if not old.is_base]
+        self._versions[unit.index] = [old for old in before if old.is_base] + [record]
         for old in replaced:
             self._fs.unlink(self.path(unit, old), missing_ok=True)
 
@@ -309,12 +309,12 @@ class UnitFiles:
         return self._fs.map(self.path(unit, record))[: unit.n_bytes]
 
 
-def file_name(unit: Unit, *, position: int, edition: int = 0) -> str:
+def file_name(unit: Unit, *, position: int, revision: int = 0) -> str:
     """The file of a version. Module names may hold anything, so they are quoted; very long ones are hashed."""
     name = quote(unit.name, safe=" ()")
     if len(name) > _MAX_NAME_BYTES:
         name = hashlib.sha256(unit.name.encode()).hexdigest()
-    return f"{name}@{position}" + (f".{edition}" if edition else "")
+    return f"{name}@{position}" + (f".{revision}" if revision else "")
 
 
 def tensor_crcs(unit: Unit, data: memoryview) -> list[int]:

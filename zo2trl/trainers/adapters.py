@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from zo2trl.engine.precision import output_embeddings
 from zo2trl.errors import UnsupportedError
-from zo2trl.tiers.placement import format_bytes
-from zo2trl.tiers.quantised import quantised_bytes, quantised_parameters
+from zo2trl.files.sizes import format_bytes
+from zo2trl.layout.quantised import quantised_bytes, quantised_parameters
 
 __all__ = ["prepare_adapters", "refuse_full_quantised"]
 

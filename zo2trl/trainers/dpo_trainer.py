@@ -22,8 +22,8 @@ from trl.trainer.utils import use_adapter
 
 from zo2trl.engine.activations import n_tokens
 from zo2trl.errors import UnsupportedError
-from zo2trl.trainers.arguments import ZOArguments
-from zo2trl.trainers.evaluation import MAX_BATCHES_PER_MARCH
+from zo2trl.trainers.arguments.config import ZOArguments
+from zo2trl.trainers.evaluation import MAX_BATCHES_PER_TRAVERSAL
 from zo2trl.trainers.trl_mixin import ZOTRLMixin
 
 __all__ = ["ZODPOConfig", "ZODPOTrainer"]
@@ -84,7 +84,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
     # -- reference log-probabilities for whole datasets
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """The dataset with the columns of reference log-probabilities; several batches a march.
+        """The dataset with the columns of reference log-probabilities; several batches a traversal.
 
         The cache is the dataset's own, as upstream; its key knows everything that changes a value.
         """
@@ -98,7 +98,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
         with self._reference_at_hand():
             return dataset.map(
                 partial(self._with_references, batch_size=batch_size), batched=True,
-                batch_size=batch_size * MAX_BATCHES_PER_MARCH, new_fingerprint=Hasher.hash(key),
+                batch_size=batch_size * MAX_BATCHES_PER_TRAVERSAL, new_fingerprint=Hasher.hash(key),
                 desc=f"Computing reference log probs for {name} dataset",
             )  # fmt: skip
 
@@ -110,7 +110,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
         if self.ref_model is not None:
             pairs = [self.compute_ref_log_probs(self.ref_model, batch) for batch in batches]
         else:
-            pairs = self._asked_in_marches(batches)
+            pairs = self._asked_in_traversals(batches)
         return {
             name: torch.cat([pair[side] for pair in pairs]).tolist() for side, name in enumerate(_REFERENCES)
         }  # fmt: skip
@@ -129,11 +129,11 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
 
     # -- reference log-probabilities of the base below adapters, batch by batch
 
-    def _asked_in_marches(self, batches: Sequence[Any]) -> list[Any]:
-        """What the reference says to some batches, at clean weights, as many a march as there is room for."""
+    def _asked_in_traversals(self, batches: Sequence[Any]) -> list[Any]:
+        """What the reference says to some batches, at clean weights, as many a traversal as there is room for."""
         engine = self.engine
         largest = max(batches, key=n_tokens)
-        size = min(self.device_fit.passes_per_march(largest), MAX_BATCHES_PER_MARCH)
+        size = min(self.device_fit.passes_per_traversal(largest), MAX_BATCHES_PER_TRAVERSAL)
         self.device_fit.before_evaluation(largest, n_passes=min(size, len(batches)), whole_logits=False)
         pairs: list[Any] = []
         for start in range(0, len(batches), size):
@@ -150,7 +150,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
     def _add_references(self, batches: Sequence[dict[str, Any]]) -> None:
         without = [batch for batch in batches if _REFERENCES[0] not in batch]
         if without:
-            for batch, pair in zip(without, self._asked_in_marches(without), strict=True):
+            for batch, pair in zip(without, self._asked_in_traversals(without), strict=True):
                 batch |= dict(zip(_REFERENCES, pair, strict=True))
 
     def _prepare_step(self, model: Any, batches: list[tuple[Any, Any]]) -> int:
@@ -160,7 +160,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
         return super()._prepare_step(model, batches)
 
     def before_predictions(self, batches: Sequence[Any]) -> None:
-        """See `ObjectiveMixin.before_predictions`: the reference is asked for all of them in a march of its own."""
+        """See `ObjectiveMixin.before_predictions`: the reference scores all of them in a traversal of its own."""
         for batch in batches:
             batch.update(self._prepare_inputs(dict(batch)))
         self._add_references(batches)

@@ -1,4 +1,4 @@
-"""Several evaluation batches per march, inside the Trainer's own evaluation loop.
+"""Several evaluation batches per traversal, inside the Trainer's own evaluation loop.
 
 The loop iterates over this object instead of the dataloader, and calls `take` where it would call `prediction_step`:
 when it asks for the first batch of a group, the whole group's prediction steps run in lockstep, so streamed blocks are
@@ -14,15 +14,15 @@ from typing import Any
 
 from zo2trl.engine.activations import n_tokens
 from zo2trl.engine.heads import deferring_logits
-from zo2trl.trainers.objectives import without_columns
+from zo2trl.trainers.objective.objectives import without_columns
 from zo2trl.trainers.signals import stop_if_asked
 
-__all__ = ["EvaluationMarch"]
+__all__ = ["EvaluationTraversal"]
 
-MAX_BATCHES_PER_MARCH = 16  # predictions of a whole group are held until the loop takes them
+MAX_BATCHES_PER_TRAVERSAL = 16  # predictions of a whole group are held until the loop takes them
 
 
-class EvaluationMarch:
+class EvaluationTraversal:
     """Stands in for a dataloader; everything but iteration is the dataloader's."""
 
     def __init__(self, trainer: Any, dataloader: Any, *, prediction_loss_only: bool, ignore_keys: Any) -> None:
@@ -45,9 +45,9 @@ class EvaluationMarch:
             if len(group) == 1:
                 size = self._group_size(inputs)
             if state.end_of_dataloader or len(group) >= size:
-                yield from self._march(group)
+                yield from self._traversal(group)
                 group = []
-        yield from self._march(group)
+        yield from self._traversal(group)
 
     def take(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """What `prediction_step` returned for a batch this object gave out."""
@@ -56,7 +56,7 @@ class EvaluationMarch:
         assert expected is inputs, "the evaluation loop takes batches in the order it got them"
         return outputs
 
-    def _march(self, group: list[tuple[Any, bool]]) -> Iterator[Any]:
+    def _traversal(self, group: list[tuple[Any, bool]]) -> Iterator[Any]:
         if not group:
             return
         trainer = self._trainer
@@ -81,8 +81,8 @@ class EvaluationMarch:
         return outputs
 
     def _group_size(self, inputs: Any) -> int:
-        size = min(self._trainer.device_fit.passes_per_march(inputs), MAX_BATCHES_PER_MARCH)
+        size = min(self._trainer.device_fit.passes_per_traversal(inputs), MAX_BATCHES_PER_TRAVERSAL)
         if not self._trainer.engine.store.placement.ring_bytes:
             size = 1  # nothing is streamed: lockstep would only hold more predictions
-        # The loop gathers after each batch, and losses may in the march: in all processes at the same place.
-        return self._trainer.ranks.least("evaluation batches of a march", size)
+        # The loop gathers after each batch, and losses may in the traversal: in all processes at the same place.
+        return self._trainer.ranks.least("evaluation batches of a traversal", size)

@@ -21,30 +21,30 @@ from accelerate.utils import AutocastKwargs
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
+from zo2trl.checkpoints.load import load_mapped
 from zo2trl.engine.binding import FirstUse
-from zo2trl.engine.fitting import DeviceFit
+from zo2trl.engine.device_fit import DeviceFit
 from zo2trl.engine.heads import deferring_logits, hook_heads
+from zo2trl.engine.open_store import Mode
 from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
-from zo2trl.engine.runs import Mode
 from zo2trl.engine.step import Engine
 from zo2trl.errors import BudgetError, ConfigError, StoreError
-from zo2trl.tiers.ingest import load_mapped
-from zo2trl.tiers.machine import resolve_budgets
-from zo2trl.tiers.placement import Budgets, parse_size
-from zo2trl.tiers.quantised import quantised_bytes, quantised_parameters
+from zo2trl.files.sizes import parse_size
+from zo2trl.layout.quantised import quantised_bytes, quantised_parameters
+from zo2trl.planning.budgets import Budgets, resolve_budgets
 from zo2trl.trainers.adapter_state import adapter_states
 from zo2trl.trainers.adapters import prepare_adapters, refuse_full_quantised
-from zo2trl.trainers.arguments import ZOArguments, convert_arguments
-from zo2trl.trainers.data_checks import check_dataset, check_labels
-from zo2trl.trainers.evaluation import EvaluationMarch
+from zo2trl.trainers.arguments.config import ZOArguments, convert_arguments
+from zo2trl.trainers.arguments.data_checks import check_dataset, check_labels
+from zo2trl.trainers.arguments.support import check_arguments, check_optimizers
+from zo2trl.trainers.evaluation import EvaluationTraversal
 from zo2trl.trainers.metrics import StepMetrics
 from zo2trl.trainers.optimizer import ZOOptimizer
 from zo2trl.trainers.parallel import refuse_other_number
-from zo2trl.trainers.saving import save_processing_class
+from zo2trl.trainers.resume.saving import save_processing_class
 from zo2trl.trainers.scaling import LossScaling
 from zo2trl.trainers.signals import ending_in_time, stopping_on_signals
 from zo2trl.trainers.stepping import SteppingMixin
-from zo2trl.trainers.support import check_arguments, check_optimizers
 
 __all__ = ["ZOTrainerMixin"]
 
@@ -328,10 +328,10 @@ class ZOTrainerMixin(SteppingMixin, _Base):
     # -- hooks of the Trainer: evaluation
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own loop over a dataloader that runs several batches' `prediction_step` in one march."""
+        """The Trainer's own loop over a dataloader that runs several batches' `prediction_step` in one traversal."""
         given = signature(Trainer.evaluation_loop).bind(self, dataloader, *args, **kwargs).arguments
         loss_only = given.get("prediction_loss_only")
-        batches = EvaluationMarch(
+        batches = EvaluationTraversal(
             self, dataloader,
             prediction_loss_only=self.args.prediction_loss_only if loss_only is None else loss_only,
             ignore_keys=given.get("ignore_keys"),
@@ -341,7 +341,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
             return super().evaluation_loop(batches, *args, **kwargs)  # type: ignore[misc]
         finally:
             del self.prediction_step
-            self.engine.store.homes_changed()  # the user is next: what they write must not meet copies fetched ahead
+            self.engine.store.weights_changed()  # the user is next: what they write must not meet copies fetched ahead
 
 
 def _open_engine_of(trainer: Callable[[], ZOTrainerMixin | None]) -> None:

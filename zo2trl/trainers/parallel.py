@@ -1,7 +1,7 @@
 """ParallelMixin: a training made by several processes, as `torchrun` and `accelerate launch` start them.
 
-Does not: send anything by itself (engine/ranks.py), or wrap the model: weights stay alike because every process makes
-the same steps from the same losses.
+Does not: send anything by itself (parallel/ranks.py), or wrap the model: weights stay alike because every process
+makes the same steps from the same losses.
 
 Each process has its own store, in `store_dir/rank-N`; a single process has `store_dir` itself.
 """
@@ -19,8 +19,8 @@ from accelerate.data_loader import prepare_data_loader
 from transformers import Trainer
 
 from zo2trl.engine.opening import has_run
-from zo2trl.engine.ranks import ALONE, Ranks, join_ranks
 from zo2trl.errors import ConfigError, RanksDiverged, UnsupportedError
+from zo2trl.parallel.ranks import ALONE, Ranks, join_ranks
 from zo2trl.trainers.metrics import count_tokens
 
 __all__ = ["ParallelMixin", "refuse_other_number"]
@@ -49,17 +49,17 @@ class ParallelMixin(_Base):
         folder = self.args.store_path
         return folder if self.ranks.size == 1 else folder / _name(self.ranks.rank)
 
-    def _agree_on_step(self, batches: Sequence[Any], passes_per_march: int) -> tuple[int, int]:
-        """Passes a march that suit every process, and the tokens of the step's micro-batches in all of them.
+    def _agree_on_step(self, batches: Sequence[Any], passes_per_traversal: int) -> tuple[int, int]:
+        """Passes a traversal that suit every process, and the tokens of the step's micro-batches in all of them.
 
         Raises:
             RanksDiverged: the processes should have the same micro-batches, and do not.
         """
         n_tokens, ranks = sum(map(count_tokens, batches)), self.ranks
         if ranks.size == 1:
-            return passes_per_march, n_tokens
+            return passes_per_traversal, n_tokens
         name = 0 if ranks.parallelism == "data" else _crc_of(batches)
-        said = ranks.gather(f"step {self.state.global_step}", [passes_per_march, n_tokens, name])
+        said = ranks.gather(f"step {self.state.global_step}", [passes_per_traversal, n_tokens, name])
         least, tokens = min(row[0] for row in said), [row[1] for row in said]
         if other := [rank for rank, row in enumerate(said) if row[2] != said[0][2]]:
             raise RanksDiverged(

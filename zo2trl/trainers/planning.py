@@ -13,17 +13,17 @@ from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config
 
-from zo2trl.engine.activations import passes_per_march
-from zo2trl.engine.fitting import SPARE_BYTES, SPARE_SHARE
-from zo2trl.engine.forecast import Forecast, forecast
+from zo2trl.checkpoints.load import class_named_by, read_config
+from zo2trl.engine.activations import passes_per_traversal
+from zo2trl.engine.device_fit import SPARE_BYTES, SPARE_SHARE
 from zo2trl.engine.opening import EngineOptions, Plan, plan_engine
-from zo2trl.engine.workload import Workload, count_pass, fake_tensors, make_fake, rough_workload
 from zo2trl.errors import ConfigError, UnsupportedError
-from zo2trl.tiers.ingest import class_named_by, read_config
-from zo2trl.tiers.machine import resolve_budgets
-from zo2trl.tiers.placement import smallest_device_budget
-from zo2trl.tiers.rates import MachineRates
-from zo2trl.trainers.objectives import find_objective
+from zo2trl.forecast.forecast import Forecast, forecast
+from zo2trl.forecast.workload import Workload, count_pass, fake_tensors, make_fake, rough_workload
+from zo2trl.planning.budgets import resolve_budgets
+from zo2trl.planning.placement import smallest_device_budget
+from zo2trl.planning.rates import MachineRates
+from zo2trl.trainers.objective.objectives import find_objective
 from zo2trl.trainers.scripts import USAGE, ZOModelConfig, model_init_kwargs, refuse_no_model
 from zo2trl.trainers.sft_trainer import ZOSFTConfig
 
@@ -89,7 +89,7 @@ def plan_training(
     plan = plan_engine(model, options)
     n_probes, n_micro_batches = 2 * args.num_directions, args.gradient_accumulation_steps
     inputs = {"input_ids": ids}
-    together = max(passes_per_march(options, model, inputs, room=_room(plan, options)), n_probes)
+    together = max(passes_per_traversal(options, model, inputs, room=_room(plan, options)), n_probes)
     n_passes = min(n_probes * n_micro_batches, together)
     options = replace(options, tokens_per_step=max(ids.numel() * n_passes // n_probes, 1))
     try:
@@ -104,7 +104,7 @@ def plan_training(
     return Planned(
         forecast=forecast(
             plan, options, workload, rates=rates(), n_micro_batches=n_micro_batches,
-            tokens=ids.numel() * n_micro_batches, passes_per_march=together, process_bytes=process_bytes,
+            tokens=ids.numel() * n_micro_batches, passes_per_traversal=together, process_bytes=process_bytes,
             copied=_cast_units(plan, there),
         ),
         options=options, workload=workload, is_counted=is_counted,

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
-from zo2trl.trainers.checkpoint import STATE_NAMES
+from zo2trl.trainers.resume.checkpoint import STATE_NAMES
 from zo2trl.versions import package_version
 
 __all__ = ["PublishingMixin"]

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer, suppress_seqcls_warning
 
-from zo2trl.trainers.arguments import ZOArguments
+from zo2trl.trainers.arguments.config import ZOArguments
 from zo2trl.trainers.trl_mixin import ZOTRLMixin
 
 __all__ = ["ZORewardConfig", "ZORewardTrainer"]

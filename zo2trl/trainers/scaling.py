@@ -66,7 +66,7 @@ class LossScaling:
             return None
         if trainer.ranks.n_shares_of_data == 1:
             return int(twice < 0.75 * once), 0
-        with _not_averaging(trainer.args):  # in a march of its own: passes take turns
+        with _not_averaging(trainer.args):  # in a traversal of its own: passes take turns
             (alone,) = (abs(float(value.mean())) for value in trainer.engine.run_clean(looks[:1]))
         return int(twice < 0.75 * once), int(alone < 0.75 * once)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from zo2trl.trainers.arguments import ZOArguments
+from zo2trl.trainers.arguments.config import ZOArguments
 from zo2trl.trainers.trl_mixin import ZOTRLMixin
 
 __all__ = ["ZOSFTConfig", "ZOSFTTrainer"]

@@ -1,6 +1,6 @@
 """What SIGINT and SIGTERM do while a training runs.
 
-The first one drops the step that is being made, or lets a change of bytes end first (tiers/interrupts.py), and raises:
+The first one drops the step that is being made, or lets a change of bytes end first (files/interrupts.py), and raises:
 the journal holds every step before it, so nothing has to be saved. A second one, of either kind, ends the process at
 once, also inside a held section, which loses nothing either.
 
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from zo2trl.tiers.interrupts import HELD, Holding
+from zo2trl.files.interrupts import HELD, Holding
 
 __all__ = ["ending_in_time", "stop_if_asked", "stopping_on_signals"]
 

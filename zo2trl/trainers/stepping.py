@@ -19,15 +19,15 @@ from torch import nn
 from transformers import Trainer
 
 from zo2trl.engine.activations import n_tokens
-from zo2trl.engine.fitting import DeviceFit
-from zo2trl.tiers.heap import give_back_free_pages
-from zo2trl.trainers.announcing import announce
+from zo2trl.engine.device_fit import DeviceFit
+from zo2trl.files.malloc_trim import return_free_pages
 from zo2trl.trainers.metrics import StepMetrics
-from zo2trl.trainers.objective_mixin import ObjectiveMixin
-from zo2trl.trainers.replaying import Replay, estimate_of, refuse_changed_weights
-from zo2trl.trainers.resuming import ResumingMixin
+from zo2trl.trainers.objective.objective_mixin import ObjectiveMixin
+from zo2trl.trainers.resume.replaying import Replay, estimate_of, refuse_changed_weights
+from zo2trl.trainers.resume.resuming import ResumingMixin
 from zo2trl.trainers.scaling import LossScaling
 from zo2trl.trainers.signals import stop_if_asked
+from zo2trl.trainers.startup_report import announce
 
 __all__ = ["SteppingMixin"]
 
@@ -46,7 +46,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
     _micro_batches: list[tuple[Any, Any]]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Collect micro-batches until gradients would sync, then estimate the slope from all of them in one march."""
+        """Collect micro-batches until gradients would sync, then estimate the slope from all in one traversal."""
         stop_if_asked()
         self._micro_batches.append((self._prepare_inputs(inputs), num_items_in_batch))
         if not self.accelerator.sync_gradients:
@@ -62,14 +62,14 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         engine = self.engine
         step_offset = self._prepare_step(model, batches)
         started_s = time.perf_counter()
-        passes_per_march, n_tokens_of_step = self._agree_on_step(
-            [inputs for inputs, _ in batches], self.device_fit.passes_per_march(batches[0][0])
+        passes_per_traversal, n_tokens_of_step = self._agree_on_step(
+            [inputs for inputs, _ in batches], self.device_fit.passes_per_traversal(batches[0][0])
         )
         with self.probes_counted_once(len(engine.estimator.probes())):
             estimate = engine.step(
                 [partial(self._loss, model, *batch) for batch in batches],
                 step=step_offset + self.state.global_step,
-                passes_per_march=passes_per_march,
+                passes_per_traversal=passes_per_traversal,
             )
         self._estimate, self._grads = estimate, estimate.projected_grads
         every = self.args.torch_empty_cache_steps
@@ -115,12 +115,12 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         with self.compute_loss_context_manager():
             loss: Any = self.compute_step_loss(model, dict(inputs), num_items_in_batch)
         if self.args.device.type == "cpu":  # or every pass would leave holes of its own, until they all count
-            give_back_free_pages()
+            return_free_pages()
         return loss.mean() / self._scaling.divisor(self, num_items_in_batch)
 
     @contextmanager
     def probes_counted_once(self, n_probes: int) -> Iterator[None]:
-        """Round a march in which every batch is seen by `n_probes` probes; trainers that count tokens correct them."""
+        """Around a traversal in which `n_probes` probes see every batch; trainers that count tokens correct them."""
         yield
 
     def _clip_grad_norm(self, model: nn.Module) -> float:

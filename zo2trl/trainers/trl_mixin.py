@@ -46,7 +46,7 @@ class ZOTRLMixin(ZOTrainerMixin):
             )
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """See the trainer's own; outside a march it is one, because the weights may be anywhere."""
+        """See the trainer's own; outside a traversal it is one, because the weights may be anywhere."""
         ask = super().compute_ref_log_probs  # type: ignore[misc]
         if self.ref_model is not None or current_pass() is not None:
             return ask(model, inputs)

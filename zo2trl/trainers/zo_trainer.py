@@ -2,7 +2,7 @@
 
 from transformers import Trainer
 
-from zo2trl.trainers.arguments import ZOConfig
+from zo2trl.trainers.arguments.config import ZOConfig
 from zo2trl.trainers.mixin import ZOTrainerMixin
 
 __all__ = ["ZOConfig", "ZOTrainer"]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from zo2trl.zo.noise import TILE, TileMap
+from zo2trl.zo.tiles import TILE, TileMap
 
 __all__ = ["MezoNoise", "MezoSeeds", "device_kind"]
 

@@ -1,6 +1,6 @@
 """What one finished optimizer step was, in scalars: enough to repeat it on any weights, at any time.
 
-Does not: say how records become bytes (tiers/journal.py) or how they change weights (rules.py).
+Does not: say how records become bytes (journal/journal.py) or how they change weights (rules.py).
 Invariant: a record is a value; two runs that made equal records made equal weights.
 """
 

@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
-from zo2trl.zo.noise import PHILOX_DOMAINS, TILE, Noise, TileMap, direction_seed, rounding_bits
+from zo2trl.zo.noise import PHILOX_DOMAINS, Noise, rounding_bits
 from zo2trl.zo.records import Record, StepRecord
+from zo2trl.zo.seeds import direction_seed
+from zo2trl.zo.tiles import TILE, Perturbed, Span, TileMap
 
-__all__ = ["Displaced", "Rounding", "Span", "UpdateAlong", "UpdateRule"]
+__all__ = ["Perturbed", "Rounding", "Span", "UpdateAlong", "UpdateRule"]
 
 Rounding = Literal["nearest", "stochastic"]
 UpdateAlong = Literal["drawn", "applied"]
@@ -27,33 +29,6 @@ UpdateAlong = Literal["drawn", "applied"]
 _CPU_CHUNK_TILES = 256  # 4 MiB of fp32: noise, weights and result stay in the last-level cache
 _CPU_FILL_TILES = 64  # what one thread draws at a time
 _CUDA_CHUNK_TILES = 2048  # 32 MiB of fp32 temporaries, enough to fill any GPU
-
-
-@dataclass(frozen=True, eq=False)
-class Span:
-    """A run of whole tiles in a byte buffer: trainable tensors of one dtype that share one decay flag.
-
-    `byte_start` counts from the start of the buffer that the calls below are given.
-    """
-
-    dtype: torch.dtype
-    byte_start: int
-    tiles: TileMap
-    decays: bool
-
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The span's elements, flat, in its dtype; `buffer` is uint8."""
-        n_bytes = len(self.tiles) * TILE * self.dtype.itemsize
-        return buffer[self.byte_start : self.byte_start + n_bytes].view(self.dtype)
-
-
-class Displaced(NamedTuple):
-    """Weights to make: clean + coefficient * z(seed)."""
-
-    seed: int
-    coefficient: float
-    into: torch.Tensor
-    """uint8, laid out like the clean ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +55,7 @@ class UpdateRule:
         spans: Sequence[Span],
         records: Sequence[Record],
         *,
-        probes: Sequence[Displaced] = (),
+        probes: Sequence[Perturbed] = (),
         keep: bool = True,
     ) -> bool:
         """Bring clean weights forward over `records`, rounding after each step, and make up to two probes of them.
@@ -94,27 +69,31 @@ class UpdateRule:
             keep: whether `weights` must hold the clean result afterwards. If not, storing it may be saved.
 
         Returns:
-            Whether `weights` hold the clean result; if not, they are unchanged, or displaced by the last probe.
+            Whether `weights` hold the clean result; if not, they are unchanged, or perturbed by the last probe.
         """
         assert len({probe.seed for probe in probes}) <= 1, "probes of one call share their direction"
         steps = [record for record in records if isinstance(record, StepRecord)]
         in_place = any(probe.into.data_ptr() == weights.data_ptr() for probe in probes)
         if weights.is_cuda and self.noise.identity in PHILOX_DOMAINS:
-            from zo2trl.zo import visit_triton
+            from zo2trl.zo.kernels import visit_triton
 
-            return visit_triton.visit(weights, spans, steps, rule=self, probes=probes, keep=keep, in_place=in_place)
+            return visit_triton.visit(
+                weights, spans, steps, domain=PHILOX_DOMAINS[self.noise.identity],
+                is_stochastic=self.rounding == "stochastic", along_applied=self.update_along == "applied",
+                probes=probes, keep=keep, in_place=in_place,
+            )  # fmt: skip
         for span in spans if steps or probes else ():
             self._visit_span(weights, span, steps, probes=probes)
         return keep or not in_place
 
     def _visit_span(
-        self, weights: torch.Tensor, span: Span, steps: Sequence[StepRecord], *, probes: Sequence[Displaced]
+        self, weights: torch.Tensor, span: Span, steps: Sequence[StepRecord], *, probes: Sequence[Perturbed]
     ) -> None:
         flat = span.view(weights)
         for tiles, run in _chunks(span.tiles, weights.device):
             for record in steps:
                 self._step(flat[run], tiles, record, decays=span.decays)
-            self._displace(flat[run], tiles, [(probe, span.view(probe.into)[run]) for probe in probes])
+            self._perturb(flat[run], tiles, [(probe, span.view(probe.into)[run]) for probe in probes])
 
     def replay(self, weights: torch.Tensor, spans: Sequence[Span], records: Sequence[Record]) -> None:
         """Bring clean weights forward over `records`, in place."""
@@ -125,9 +104,7 @@ class UpdateRule:
         for tiles, _ in _chunks(span.tiles, device):
             self._draw(seed, tiles, device)
 
-    def _displace(
-        self, clean: torch.Tensor, tiles: TileMap, targets: Sequence[tuple[Displaced, torch.Tensor]]
-    ) -> None:
+    def _perturb(self, clean: torch.Tensor, tiles: TileMap, targets: Sequence[tuple[Perturbed, torch.Tensor]]) -> None:
         if not targets:
             return
         z = self._draw(targets[0][0].seed, tiles, clean.device)

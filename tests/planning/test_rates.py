@@ -1,0 +1,100 @@
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from zo2trl.errors import StoreError
+from zo2trl.forecast.machine_bench import measure_rates, scratch_on_drive
+from zo2trl.planning.rates import cache_file, identity, load_rates, save_rates, typical_rates
+
+CPU = torch.device("cpu")
+
+
+def test_rates_are_found_again_for_the_same_machine_and_no_other(tmp_path: Path) -> None:
+    file, key = tmp_path / "cache" / "rates.json", identity(CPU, tmp_path)
+    known, other = replace(typical_rates("cpu"), measured_at=5.0), replace(typical_rates("cuda"), disk_cpu_s=1.0)
+    assert load_rates(key, file=file) is None
+    save_rates(key, known, file=file)
+    save_rates("another machine", other, file=file)
+    assert load_rates(key, file=file) == known and load_rates("another machine", file=file) == other
+    assert load_rates("a third", file=file) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"KEY": 3}', '{"KEY": {"flops": {}}}', "{", '{"KEY": {"disk_cpu_s": NaN}}']
+)
+def test_a_cache_that_makes_no_sense_is_measured_again(tmp_path: Path, text: str) -> None:
+    file, key = tmp_path / "rates.json", identity(CPU, tmp_path)
+    file.write_text(text.replace("KEY", key))
+    assert load_rates(key, file=file) is None
+    save_rates(key, typical_rates("cpu"), file=file)
+    assert load_rates(key, file=file) == typical_rates("cpu")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"visits": {}}, {"flops": {}}, {"new_bytes": None}, {"disk_write_bytes": 0}, {"operation_s": "1"},
+        {"visits": {"float32 rademacher nearest": {"alone_s": 1.0, "pair_s": "2", "step_s": 1.0, "span_s": 0.0}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rates_that_nothing_can_be_divided_by_are_measured_again(tmp_path: Path, damage: dict) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps({"key": {**asdict(typical_rates("cpu")), **damage}}))
+    assert load_rates("key", file=file) is None
+
+
+def test_a_file_in_the_stores_place_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for store in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises(StoreError, match="A part of the path is a file"):
+            identity(CPU, store)
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_refused_by_name() -> None:
+    with pytest.raises(StoreError, match="Cannot write to /proc"), scratch_on_drive(Path("/proc/store")):
+        raise AssertionError("nobody can make a folder there")
+
+
+def test_a_cache_that_nobody_may_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("no folder")
+    assert load_rates("any") is None
+
+
+def test_the_drive_is_part_of_the_machine(tmp_path: Path) -> None:
+    assert identity(CPU, tmp_path) == identity(CPU, tmp_path / "not" / "there" / "yet")
+    assert identity(CPU, Path("/proc")) != identity(CPU, tmp_path)
+
+
+def test_the_cache_is_where_users_keep_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_file() == tmp_path / "zo2trl" / "rates.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_file() == Path.home() / ".cache" / "zo2trl" / "rates.json"
+
+
+def test_a_probe_finds_positive_rates_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # threads that draw live as long as the process
+    monkeypatch.setattr("zo2trl.forecast.machine_bench.PART_S", 0.01)
+    monkeypatch.setattr("zo2trl.forecast.machine_bench.DRIVE_S", 0.05)
+    monkeypatch.setattr("zo2trl.forecast.machine_bench.MAX_FILE_BYTES", 32 << 20)
+    traversal = typical_rates("cpu").traversal
+    found = measure_rates(CPU, tmp_path, traversal=traversal)
+    numbers = [*found.flops.values(), found.moved_bytes, found.operation_s, found.upload_bytes, found.download_bytes]
+    numbers += [found.disk_read_bytes, found.disk_write_bytes, found.disk_cpu_s, found.new_bytes, found.measured_at]
+    numbers += [number for visit in found.visits.values() for number in (visit.alone_s, visit.pair_s)]
+    assert min(numbers) > 0 and found.traversal == traversal
+    visit = found.visit(dtype="float32", direction="rademacher", rounding="nearest")
+    assert visit.step_s >= 0 and visit.span_s >= 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_counts_as_products_where_it_was_not_measured() -> None:
+    rates = replace(typical_rates("cpu"), flops={"float32": 2.0, "bfloat16": 3.0, "bfloat16 attention": 1.0})
+    assert [rates.flops_of(f"{name} attention") for name in ("float32", "bfloat16", "float16")] == [2.0, 1.0, 1.0]

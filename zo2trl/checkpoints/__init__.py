@@ -1,0 +1,1 @@
+"""Checkpoints read and written: loading, converting, exporting, verifying and rebuilding weights."""

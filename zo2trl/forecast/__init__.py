@@ -1,0 +1,1 @@
+"""What a training would take: its workload, measurements of the machine, and the forecast of a step."""

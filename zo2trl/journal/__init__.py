@@ -1,0 +1,1 @@
+"""The append-only log of finished steps, and the logbook of measurements beside it."""

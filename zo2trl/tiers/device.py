@@ -1,0 +1,88 @@
+"""Device tier: units that never leave the execution device ("gpu" also names the main memory of a CPU-only machine).
+
+Invariant: a unit's buffer keeps its address as long as the unit lives here.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from zo2trl.layout.layout import Segment, Unit
+from zo2trl.tiers.tier import Pieces, Source, copy_pieces, tensor_view, tensor_views
+
+__all__ = ["DeviceTier"]
+
+
+class DeviceTier:
+    """One buffer per unit on the execution device; those of units that never leave, `permanent`, in one arena.
+
+    An allocator gives memory back segment by segment, and small buffers that stay lie in the segments of large ones:
+    each adapter of OPT-13B kept a whole block's memory from whoever might need it.
+    """
+
+    name = "gpu"
+
+    _buffers: dict[int, torch.Tensor]
+    _permanent: dict[int, torch.Tensor]
+
+    def __init__(self, device: torch.device, permanent: Sequence[Unit] = ()) -> None:
+        self._device = device
+        self._buffers = {}
+        arena = torch.zeros(sum(unit.n_bytes for unit in permanent), dtype=torch.uint8, device=device)
+        parts = arena.split([unit.n_bytes for unit in permanent])
+        self._permanent = {unit.index: part for unit, part in zip(permanent, parts, strict=True)}
+
+    def adopt(self, unit: Unit, source: Source) -> None:
+        """Allocate and fill."""
+        buffer = self._buffer(unit)
+        for spec in unit.tensors:
+            tensor_view(buffer, spec).copy_(source(spec))
+        self._buffers[unit.index] = buffer
+
+    def fill(self, unit: Unit, pieces: Pieces) -> None:
+        """Allocate and fill with the bytes of a unit file."""
+        buffer = self._buffer(unit)
+        copy_pieces(pieces, buffer)
+        self._buffers[unit.index] = buffer
+
+    def weights(self, segment: Segment) -> torch.Tensor:
+        """The segment's bytes in place: leasing a resident unit moves nothing."""
+        return self._buffers[segment.unit.index][segment.byte_start : segment.byte_start + segment.n_bytes]
+
+    def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
+        """Overwrite in place."""
+        self.weights(segment).copy_(data)
+        return True
+
+    def publish(self, unit: Unit) -> Callable[[], None]:
+        """Written in place: nothing is left to do."""
+        return _nothing
+
+    def abandon(self, unit: Unit) -> None:
+        """Nothing is ever half written here."""
+
+    def view(self, unit: Unit) -> torch.Tensor:
+        """The buffer itself, on the device."""
+        return self._buffers[unit.index]
+
+    def tensors(self, unit: Unit) -> list[torch.Tensor]:
+        """Views of the buffer."""
+        return tensor_views(self.view(unit), unit)
+
+    def drop(self, unit: Unit) -> None:
+        """Free the unit's buffer, as soon as no view of it is left."""
+        self._buffers.pop(unit.index, None)
+
+    def close(self) -> None:
+        """Drop the buffers."""
+        self._buffers.clear()
+        self._permanent.clear()
+
+    def _buffer(self, unit: Unit) -> torch.Tensor:
+        if unit.index in self._permanent:
+            return self._permanent[unit.index]
+        return torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,1 @@
+"""Arguments of the trainers, and what becomes of every argument of the upstream configs."""

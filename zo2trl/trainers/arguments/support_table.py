@@ -1,0 +1,81 @@
+"""docs/support.md as code: what becomes of every argument of the upstream configs, one row per field.
+
+Run `python -m zo2trl.trainers.arguments.support_table > docs/support.md` after a change of fields.py or of versions.
+
+Does not: classify anything (fields.py).
+Invariant: a field is listed once, under the first config that has it.
+"""
+
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from transformers import TrainingArguments
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.sft_config import SFTConfig
+
+from zo2trl.trainers.arguments.fields import AS_UPSTREAM, REFUSED, SUPPORTED, WITHOUT_EFFECT
+from zo2trl.trainers.arguments.support import upstream_fields
+
+__all__ = ["CONFIGS", "classify", "support_page", "versions"]
+
+CONFIGS = (TrainingArguments, SFTConfig, DPOConfig, RewardConfig)
+"""In the order of the page."""
+
+_HEAD = """# What becomes of upstream's arguments
+
+Generated from the dataclasses of {versions} by `python -m zo2trl.trainers.arguments.support_table`; do not edit.
+`tests/trainers/arguments/test_support.py` fails when a field is missing here, when a refused one is taken, when one without
+effect is not warned about, and when no test uses a supported one.
+
+- **supported**: does what upstream's documentation says, or what the note says.
+- **no effect**: a value other than the default is warned about, and changes nothing.
+- **refused**: a value other than the default raises `UnsupportedError`, before anything is loaded or written.
+
+Beside these: an optimizer or a scheduler handed to the trainer (`optimizers=`, `optimizer_cls_and_kwargs=`) is
+refused, and so is a launch for DeepSpeed or FSDP. zo2trl's own arguments are in the
+[README](../README.md#arguments-and-log-keys).
+"""
+
+
+def versions() -> str:
+    """The upstream versions that the page is about."""
+    return f"transformers {version('transformers')} and TRL {version('trl')}"
+
+
+def classify(name: str) -> tuple[str, str]:
+    """Status and note of a field.
+
+    Raises:
+        KeyError: nobody has classified it yet.
+    """
+    for status, table in (("refused", REFUSED), ("no effect", WITHOUT_EFFECT), ("supported", SUPPORTED)):
+        if name in table:
+            return status, "" if table[name] == AS_UPSTREAM else table[name]
+    raise KeyError(name)
+
+
+def support_page() -> str:
+    """The whole page, as Markdown."""
+    return _HEAD.format(versions=versions()) + "\n".join(_sections())
+
+
+def _sections() -> Iterator[str]:
+    seen: set[str] = set()
+    for config_class in CONFIGS:
+        names = [name for name in upstream_fields(config_class) if name not in seen]
+        seen.update(names)
+        module = "transformers" if config_class is TrainingArguments else "trl"
+        yield f"\n## {module}.{config_class.__name__}\n"
+        yield "| argument | status | note |\n|---|---|---|"
+        yield from (_row(name) for name in names)
+
+
+def _row(name: str) -> str:
+    status, note = classify(name)
+    return f"| `{name}` | {status} | {note} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(support_page() + "\n")

@@ -1,0 +1,1 @@
+"""Objectives that a run may optimise instead of the loss of its trainer."""

@@ -1,0 +1,1 @@
+"""Checkpoints of the trainers, and resuming a run from its journal."""
