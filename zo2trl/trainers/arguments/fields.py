@@ -2,8 +2,8 @@
 
 Does not: look at a config (support.py), or render the table (support_table.py).
 
-Invariant: a field of an upstream config is in exactly one of the three tables, and tests/trainers/arguments/test_support.py
-fails on one that is in none.
+Invariant: a field of an upstream config is in exactly one of the three tables, and
+tests/trainers/arguments/test_support.py fails on one that is in none.
 """
 
 __all__ = ["AS_UPSTREAM", "REFUSED", "SUPPORTED", "WITHOUT_EFFECT"]

@@ -26,8 +26,8 @@ CONFIGS = (TrainingArguments, SFTConfig, DPOConfig, RewardConfig)
 _HEAD = """# What becomes of upstream's arguments
 
 Generated from the dataclasses of {versions} by `python -m zo2trl.trainers.arguments.support_table`; do not edit.
-`tests/trainers/arguments/test_support.py` fails when a field is missing here, when a refused one is taken, when one without
-effect is not warned about, and when no test uses a supported one.
+`tests/trainers/arguments/test_support.py` fails when a field is missing here, when a refused one is taken, when one
+without effect is not warned about, and when no test uses a supported one.
 
 - **supported**: does what upstream's documentation says, or what the note says.
 - **no effect**: a value other than the default is warned about, and changes nothing.
