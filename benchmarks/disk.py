@@ -30,9 +30,9 @@ from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.host import HostTier
 from zo2trl.tiers.prefetch import Prefetcher
-from zo2trl.tiers.readers import N_READERS, PIECE_BYTES
+from zo2trl.tiers.readers import N_READ_THREADS, READ_PIECE_BYTES
 from zo2trl.tiers.residency import Residency
-from zo2trl.tiers.three import Tiers
+from zo2trl.tiers.tier import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,8 +119,8 @@ def measure(folder: Path, *, hidden: int, n_units: int, repeats: int) -> dict[st
         "device": DEVICE.type,
         "units": n_units,
         "bytes": n_bytes,
-        "threads": N_READERS,
-        "piece_bytes": PIECE_BYTES,
+        "threads": N_READ_THREADS,
+        "piece_bytes": READ_PIECE_BYTES,
         "bare_threads": depth.threads,
         "bare_piece_bytes": depth.piece_bytes,
         "bare_write_gb_s": depth.write,
@@ -175,10 +175,10 @@ def opened(layout: Layout, folder: Path, fs: FS, *, like: Residency | None = Non
     residency = Residency(layout, placement, tiers=tiers, files=files, device=DEVICE)
     try:
         if like is None:
-            residency.found(random_bits, keep_base=False)
+            residency.populate(random_bits, keep_base=False)
         else:
             for unit, record in zip(layout.units, like.files.founding, strict=True):
-                tiers.disk.move_in(unit, record)
+                tiers.disk.open_version(unit, record)
         residency.make_staging(placement.largest_segment_bytes)
         yield residency
     finally:

@@ -178,7 +178,7 @@ def test_the_file_is_what_safetensors_reads_and_every_tensor_is_aligned(
 
 
 def test_tensors_larger_than_a_piece_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(convert, "COPY_PIECE_BYTES", 1000)
     model = randomised(llama())
     convert_checkpoint(pickled(tmp_path / "source", model), tmp_path / "converted")
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "converted"), model)

@@ -75,7 +75,7 @@ def test_reading_opens_nothing_for_writing_even_where_it_could(tmp_path: Path, n
             lambda: store.append(Action("step", 50).record()),
             lambda: store.replace(lambda spec: pytest.fail("asked for weights")),
             lambda: store.go_back(1, base=lambda spec: pytest.fail("asked for weights")),
-            lambda: store.adopt_changes(store.layout.units),
+            lambda: store.commit_changes(store.layout.units),
         ):
             with pytest.raises(StoreError, match="reading only"):
                 attempt()

@@ -29,7 +29,7 @@ def test_small_units_that_stay_keep_nothing_of_large_ones_that_leave() -> None:
     before = torch.cuda.memory_reserved()
     tier = DeviceTier(torch.device("cuda"), staying)
     for unit in blocks:
-        tier.adopt(unit, base_weights)
+        tier.add(unit, base_weights)
     for unit in leaving:
         tier.drop(unit)
     gc.collect()

@@ -24,7 +24,7 @@ from zo2trl.tiers.prefetch import Prefetcher
 from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.ring import Region, Slot
 from zo2trl.tiers.staging import N_PIECES_DOWN, N_PIECES_UP, Begun, Staging
-from zo2trl.tiers.three import Tiers
+from zo2trl.tiers.tier import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
 
 pytestmark = [
@@ -40,8 +40,8 @@ AT_ONCE_S = 0.3
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr(staging, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(readers, "READ_PIECE_BYTES", PIECE)
+    monkeypatch.setattr(staging, "READ_PIECE_BYTES", PIECE)
 
 
 class Source:
@@ -188,7 +188,7 @@ class Rig:
         files = UnitFiles(folder, fs=fs)
         residency = Tiers(gpu=DeviceTier(CUDA), cpu=HostTier(in_cpu, pinned=True), disk=DiskTier(files, fs=fs))
         self.residency = Residency(layout, placement, tiers=residency, files=files, device=CUDA)
-        self.residency.found(base_weights, keep_base=False)
+        self.residency.populate(base_weights, keep_base=False)
         self.residency.will_write_back = lambda segment: False
         self.residency.make_staging(largest)
         self.segments = layout.segments[1:]

@@ -178,7 +178,7 @@ def test_homes_in_host_memory_are_pinned_each_by_itself_and_feed_the_ring() -> N
     units = list({segment.unit.index: segment.unit for segment in LEAVES}.values())
     tier = HostTier(units, pinned=True)
     for unit in units:
-        tier.adopt(unit, lambda spec: torch.full(spec.shape, 0.0))
+        tier.add(unit, lambda spec: torch.full(spec.shape, 0.0))
         assert tier.view(unit).is_pinned() and tier.view(unit).numel() == unit.n_bytes
     for segment in LEAVES:
         tier.write(segment, torch.full((segment.n_bytes,), segment.index, dtype=torch.uint8), version=1)
@@ -197,7 +197,7 @@ def test_homes_in_host_memory_are_pinned_each_by_itself_and_feed_the_ring() -> N
     view = tier.view(units[0])
     tier.drop(units[0])
     assert not view.is_pinned()
-    tier.adopt(units[0], lambda spec: torch.full(spec.shape, 1.0))
+    tier.add(units[0], lambda spec: torch.full(spec.shape, 1.0))
     assert tier.view(units[0]).is_pinned()
     others = [tier.view(unit) for unit in units]
     tier.close()

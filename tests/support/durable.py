@@ -380,7 +380,7 @@ def act(store: TieredStore, action: Action) -> None:
             view, _ = store.view(unit)
             for spec in unit.tensors:
                 carve(view, spec).copy_(base_weights(spec, seed=action.number))
-        store.adopt_changes(store.layout.units)
+        store.commit_changes(store.layout.units)
     else:
         assert action.kind == "back", action.kind
         store.go_back(action.number, base=base_weights)

@@ -19,7 +19,7 @@ from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.host import HostTier
 from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.store import TieredStore
-from zo2trl.tiers.three import Tiers
+from zo2trl.tiers.tier import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
 from zo2trl.zo.noise import make_noise
 from zo2trl.zo.records import StepRecord
@@ -104,7 +104,7 @@ def make_store(
     files = UnitFiles(folder / "units", fs=fs)
     tiers = Tiers(gpu=DeviceTier(CPU), cpu=HostTier(in_cpu, pinned=False), disk=disk(files, fs=fs))
     residency = Residency(layout, placement, tiers=tiers, files=files, device=CPU)
-    residency.found(source_of(model), keep_base=False)
+    residency.populate(source_of(model), keep_base=False)
     journal = Journal.create(folder / "journal", header={}, units=files.founding, sync_every=0)
     files.attach(journal, layout.units)
     return TieredStore(

@@ -13,7 +13,7 @@ def test_units_that_never_leave_share_memory_that_no_other_unit_is_in() -> None:
     permanent = [unit for unit in layout.units if unit.is_resident]
     tier = DeviceTier(CPU, permanent)
     for unit in layout.units:
-        tier.adopt(unit, base_weights)
+        tier.add(unit, base_weights)
     storages = {unit.index: tier.view(unit).untyped_storage() for unit in layout.units}
     together = {storages[unit.index].data_ptr() for unit in permanent}
     assert len(together) == 1

@@ -306,7 +306,7 @@ def test_a_version_written_in_pieces_is_the_one_written_at_once(tmp_path: Path, 
     for name, size in (("whole", 10**9), ("pieces", piece)):
         (tmp_path / name).mkdir()
         tier = DiskTier(UnitFiles(tmp_path / name, fs=QuickFS()), fs=QuickFS())
-        tier.adopt(unit, base_weights)
+        tier.add(unit, base_weights)
         parts = ((start, data[start : start + size].numpy().data) for start in range(0, segment.n_bytes, size))
         assert tier.write_pieces(segment, parts, version=1)
         tier.publish(unit)()

@@ -50,7 +50,7 @@ def test_every_unit_is_pinned_at_exactly_its_size_and_unpinned_in_the_end(cudart
     tier = HostTier(UNITS, pinned=True)
     assert sorted(cudart.registered.values()) == sorted(unit.n_bytes for unit in UNITS)
     for unit in UNITS:
-        tier.adopt(unit, values)
+        tier.add(unit, values)
         assert tier.view(unit).data_ptr() in cudart.registered, "what was reserved is filled in place"
     tier.close()
     tier.close()
@@ -59,9 +59,9 @@ def test_every_unit_is_pinned_at_exactly_its_size_and_unpinned_in_the_end(cudart
 
 def test_a_unit_that_comes_or_goes_later_is_pinned_and_unpinned_by_itself(cudart):
     tier = HostTier(UNITS[:1], pinned=True)
-    tier.adopt(UNITS[0], values)
-    tier.adopt(UNITS[1], values)
-    tier.fill(UNITS[2], iter([(0, memoryview(bytearray(b"\7" * UNITS[2].n_bytes)))]))
+    tier.add(UNITS[0], values)
+    tier.add(UNITS[1], values)
+    tier.reserve(UNITS[2]).fill_(7)
     assert len(cudart.registered) == 3 and bool((tier.view(UNITS[2]) == 7).all())
     tier.drop(UNITS[0])
     tier.drop(UNITS[0])
@@ -80,10 +80,10 @@ def test_when_memory_cannot_be_pinned_nothing_stays_pinned_and_the_way_out_is_to
 def test_a_unit_that_cannot_be_pinned_leaves_the_others_alone(cudart):
     tier = HostTier(UNITS[:2], pinned=True)
     for unit in UNITS[:2]:
-        tier.adopt(unit, values)
+        tier.add(unit, values)
     cudart.n_left = 0
     with pytest.raises(StoreError, match="could not pin"):
-        tier.adopt(UNITS[2], values)
+        tier.add(UNITS[2], values)
     assert len(cudart.registered) == 2
     with pytest.raises(KeyError):
         tier.view(UNITS[2])
@@ -94,6 +94,6 @@ def test_a_unit_that_cannot_be_pinned_leaves_the_others_alone(cudart):
 def test_a_unit_without_any_bytes_needs_no_pinning(cudart):
     empty = synthetic_layout([[0]]).units[1]
     tier = HostTier([empty], pinned=True)
-    tier.adopt(empty, values)
+    tier.add(empty, values)
     assert tier.view(empty).numel() == 0 and cudart.registered == {}
     tier.close()

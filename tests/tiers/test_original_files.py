@@ -41,7 +41,7 @@ def adopting(model: torch.nn.Module, folder: Path) -> tuple[DiskTier, OriginalFi
     tier = DiskTier(UnitFiles(folder / "units"), originals=originals)
     for unit in layout.units:
         originals.note(unit, lambda spec: named[spec.name].detach().to(spec.dtype))
-        tier.adopt(unit, lambda spec: named[spec.name].detach().to(spec.dtype))
+        tier.add(unit, lambda spec: named[spec.name].detach().to(spec.dtype))
     return tier, originals, list(layout.units)
 
 

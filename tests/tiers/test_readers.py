@@ -8,12 +8,12 @@ import torch
 
 from zo2trl.files.fs import DIRECT_ALIGNMENT
 from zo2trl.tiers import readers
-from zo2trl.tiers.readers import N_READERS, Readers, aligned_bytes
+from zo2trl.tiers.readers import N_READ_THREADS, Readers, aligned_bytes
 
 
 @pytest.fixture
 def crew(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 10)
+    monkeypatch.setattr(readers, "READ_PIECE_BYTES", 10)
     crew = Readers()
     yield crew
     crew.close()
@@ -28,8 +28,8 @@ def test_the_pieces_cover_every_byte_once(crew: Readers, n_bytes: int) -> None:
 
 
 def test_several_are_under_way_at_once(crew: Readers) -> None:
-    together = threading.Barrier(N_READERS, timeout=10)
-    crew.run(lambda first, last: together.wait() and None, n_bytes=10 * N_READERS)
+    together = threading.Barrier(N_READ_THREADS, timeout=10)
+    crew.run(lambda first, last: together.wait() and None, n_bytes=10 * N_READ_THREADS)
 
 
 def test_run_returns_only_when_all_have_ended_also_after_an_error(crew: Readers) -> None:
@@ -44,7 +44,7 @@ def test_run_returns_only_when_all_have_ended_also_after_an_error(crew: Readers)
         running.discard(first)
 
     with pytest.raises(OSError, match="broken"):
-        crew.run(work, n_bytes=10 * N_READERS)
+        crew.run(work, n_bytes=10 * N_READ_THREADS)
     assert not running
 
 
@@ -53,7 +53,7 @@ def test_a_closed_crew_leaves_what_was_not_begun() -> None:
     jobs = [crew.submit(lambda: gate.wait(10) and done.append(1)) for _ in range(20)]
     threading.Timer(0.05, gate.set).start()
     crew.close()
-    assert len(done) <= 2 * N_READERS and all(job.done() for job in jobs)
+    assert len(done) <= 2 * N_READ_THREADS and all(job.done() for job in jobs)
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 4096, 1_000_001])

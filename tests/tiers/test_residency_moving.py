@@ -119,11 +119,11 @@ def test_a_unit_stays_where_it_was_if_there_is_no_memory_for_it(tmp_path, monkey
         unit = store.layout.units[2]
         view, version = store.view(unit)
 
-        def fail(self, unit, source):
+        def fail(self, unit):
             raise NoRoom
 
         with monkeypatch.context() as patch:
-            patch.setattr(tier, "adopt", fail)
+            patch.setattr(tier, "reserve", fail)
             with pytest.raises(NoRoom):
                 store.residency.move(unit, to)
         assert store.tier_of(unit) == start and store.view(unit)[1] == version

@@ -38,7 +38,7 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Staging]]:
 
     monkeypatch.setattr(residency, "Staging", build)
     for module in (readers, staging):
-        monkeypatch.setattr(module, "PIECE_BYTES", 3 * 4096)  # cuts tensors of one tile
+        monkeypatch.setattr(module, "READ_PIECE_BYTES", 3 * 4096)  # cuts tensors of one tile
     with single_threaded():
         yield made
 

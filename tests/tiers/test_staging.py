@@ -23,8 +23,8 @@ PLENTY_S = 10.0
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr(staging, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(readers, "READ_PIECE_BYTES", PIECE)
+    monkeypatch.setattr(staging, "READ_PIECE_BYTES", PIECE)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_slot_that_comes_while_its_bytes_are_being_read_waits_for_them(make) -
 
 
 def test_readers_are_not_kept_from_other_segments_by_one_that_waits_for_what_is_being_read(make) -> None:
-    n_held_up = readers.N_READERS // 2
+    n_held_up = readers.N_READ_THREADS // 2
     stage, source = make(ahead=n_held_up), Source(n_held_up * PIECE)
     source.gate.clear()
     begun = source.begun()
@@ -223,9 +223,9 @@ def test_what_nobody_wants_any_more_gives_its_memory_back_also_while_it_is_read(
     source.gate.clear()
     begun = source.begun()
     stage.read_ahead(begun)
-    until(lambda: source.n_running == readers.N_READERS)
+    until(lambda: source.n_running == readers.N_READ_THREADS)
     stage.abandon(begun)
-    assert stage._ahead.qsize() == 8 - readers.N_READERS, "pieces that are being filled are not free"
+    assert stage._ahead.qsize() == 8 - readers.N_READ_THREADS, "pieces that are being filled are not free"
     source.gate.set()
     until(lambda: stage._ahead.qsize() == 8)
     assert brought(stage, Source(16 * PIECE, seed=1))

@@ -152,9 +152,9 @@ class LateReads(DiskTier):
         return super().home(unit)
 
     def publish(self, unit):
-        move_in = super().publish(unit)
+        make_home = super().publish(unit)
         self.published.set()
-        return move_in
+        return make_home
 
 
 def test_a_leaf_read_while_its_unit_is_published_does_not_absorb_a_step_twice(tmp_path):

@@ -40,7 +40,7 @@ class Rig:
         self.units = [unit for unit in self.layout.units if unit.kind == "block"]
         self.tier = make_tier(name, self.units, folder, fs)
         for unit in self.units:
-            self.tier.adopt(unit, source_of(self.model))
+            self.tier.add(unit, source_of(self.model))
 
     def segments(self, unit):
         return [segment for segment in self.layout.segments if segment.unit is unit]
@@ -161,9 +161,9 @@ def test_a_dropped_unit_is_gone_its_views_stay_readable_and_it_may_come_back(rig
         rig.tier.view(unit)
     assert torch.equal(view, before) and torch.equal(rig.tier.view(other), others)
     if isinstance(rig.tier, DiskTier):
-        rig.tier.move_in(unit, rig.tier._files.newest(unit))
+        rig.tier.open_version(unit, rig.tier._files.newest(unit))
     else:
-        rig.tier.adopt(unit, source_of(rig.model))
+        rig.tier.add(unit, source_of(rig.model))
     assert torch.equal(rig.tier.view(unit), before)
 
 
@@ -185,7 +185,7 @@ def test_scalars_and_transposed_sources_are_adopted_by_value(name, tmp_path):
     model.turned = nn.Parameter(torch.arange(12.0).view(3, 4).t())
     (unit,) = plan_layout(model).units
     tier = make_tier(name, [unit], tmp_path)
-    tier.adopt(unit, lambda spec: getattr(model, spec.name).detach())
+    tier.add(unit, lambda spec: getattr(model, spec.name).detach())
     for spec in unit.tensors:
         assert torch.equal(tensor_view(tier.view(unit), spec), getattr(model, spec.name))
     tier.close()

@@ -14,16 +14,16 @@ from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.host import HostTier
 from zo2trl.tiers.residency import Residency
-from zo2trl.tiers.three import Tiers
+from zo2trl.tiers.tier import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
-from zo2trl.tiers.writer import LetGo, WriteJobs
+from zo2trl.tiers.writer import Release, Writer
 
 PLENTY_S = 10.0
 
 
 @pytest.fixture
-def jobs() -> Iterator[WriteJobs]:
-    jobs = WriteJobs()
+def jobs() -> Iterator[Writer]:
+    jobs = Writer()
     yield jobs
     jobs.close()
 
@@ -32,12 +32,12 @@ def ended(job: Future[None]) -> bool:
     return bool(wait([job], PLENTY_S).done)
 
 
-def test_bytes_are_free_before_the_job_that_wrote_them_has_ended(jobs: WriteJobs) -> None:
+def test_bytes_are_free_before_the_job_that_wrote_them_has_ended(jobs: Writer) -> None:
     (segment,) = streamed_segments(1)
     gate = threading.Event()
 
-    def work(let_go: LetGo) -> None:
-        let_go()
+    def work(release: Release) -> None:
+        release()
         assert gate.wait(PLENTY_S)
 
     left = jobs.write_back(segment, work)
@@ -48,11 +48,11 @@ def test_bytes_are_free_before_the_job_that_wrote_them_has_ended(jobs: WriteJobs
     assert ended(job)
 
 
-def test_bytes_are_free_also_if_the_job_fails_or_is_dropped(jobs: WriteJobs) -> None:
+def test_bytes_are_free_also_if_the_job_fails_or_is_dropped(jobs: Writer) -> None:
     first, second = streamed_segments(2)
     gate = threading.Event()
 
-    def fail(_: LetGo) -> None:
+    def fail(_: Release) -> None:
         assert gate.wait(PLENTY_S)
         raise ValueError("the drive is gone")
 
@@ -80,7 +80,7 @@ def test_a_slot_is_free_while_the_drive_syncs_what_was_in_it(tmp_path: Path) -> 
     files = UnitFiles(tmp_path, fs=fs)
     tiers = Tiers(gpu=DeviceTier(CPU), cpu=HostTier([], pinned=False), disk=DiskTier(files, fs=fs))
     residency = Residency(layout, placed(layout, "disk"), tiers=tiers, files=files, device=CPU)
-    residency.found(base_weights, keep_base=False)
+    residency.populate(base_weights, keep_base=False)
     segment = layout.segments[1]
     weights = torch.ones(segment.n_bytes, dtype=torch.uint8)
     fs.gate.clear()

@@ -24,7 +24,7 @@ from zo2trl.files.fs import LOCAL
 
 __all__ = ["convert_checkpoint"]
 
-PIECE_BYTES = 32 * 2**20
+COPY_PIECE_BYTES = 32 * 2**20
 # Configuration, tokenizer, generation defaults, chat templates, licence, and the code of models that bring their own.
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
 COPIED_NAMES = ("LICENSE", "NOTICE")
@@ -109,8 +109,8 @@ def _copy(file: Path, copy: Path) -> None:
         n_bytes = LOCAL.size(read)
         written = LOCAL.create(copy, n_bytes)
         try:
-            for offset in range(0, n_bytes, PIECE_BYTES):
-                piece = bytearray(min(PIECE_BYTES, n_bytes - offset))
+            for offset in range(0, n_bytes, COPY_PIECE_BYTES):
+                piece = bytearray(min(COPY_PIECE_BYTES, n_bytes - offset))
                 LOCAL.read_at(read, piece, offset, path=file)
                 LOCAL.write_at(written, piece, offset)
             LOCAL.sync_data(written)
@@ -217,8 +217,8 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> Iterator[int]:
         offset = 8 + len(text)
         for name in order:
             data: Any = tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy()
-            for start in range(0, len(data), PIECE_BYTES):
-                piece = data[start : start + PIECE_BYTES]
+            for start in range(0, len(data), COPY_PIECE_BYTES):
+                piece = data[start : start + COPY_PIECE_BYTES]
                 LOCAL.write_at(fd, piece, offset)
                 offset += len(piece)
                 yield len(piece)

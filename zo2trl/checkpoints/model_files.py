@@ -43,7 +43,7 @@ from zo2trl.layout.layout import TensorSpec
 
 __all__ = ["ModelFiles", "describe_model", "is_saved_as_adapter"]
 
-FORMAT = 1
+MODEL_FORMAT = 1
 MAX_BYTES = 64 * 2**20  # of a JSON file; adapters list their tensors' names
 _CLASS, _BUFFERS, _ADAPTER = "model_class.json", "buffers.safetensors", "adapter_config.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -78,7 +78,7 @@ def describe_model(model: nn.Module, folder: Path, *, fs: FS = LOCAL) -> None:
         copies = {name: state[name].detach().cpu().clone().contiguous() for name in sorted(constants)}
         fs.write_atomically(folder / _BUFFERS, safetensors.torch.save(copies, metadata={"format": "pt"}))
     described: dict[str, Any] = {
-        "format": FORMAT,
+        "format": MODEL_FORMAT,
         "class": type(model).__name__,
         "module": type(model).__module__,
         "conversions": _conversions_of(model),
@@ -111,9 +111,9 @@ class ModelFiles:
         """Raises `StoreCorrupt` naming file and field if the description cannot be."""
         path = inside(folder, _CLASS, error=StoreCorrupt)
         fields = Fields(read_json(path, max_bytes=MAX_BYTES, fs=fs), str(path))
-        if (version := fields.integer("format")) != FORMAT:
+        if (version := fields.integer("format")) != MODEL_FORMAT:
             raise StoreCorrupt(
-                f"{path} has format {version}; this zo2trl reads format {FORMAT}. Use the zo2trl that wrote it."
+                f"{path} has format {version}; this zo2trl reads format {MODEL_FORMAT}. Use the zo2trl that wrote it."
             )
         for name in ("adapters", "conversions"):  # null says something, absence does not
             if name not in fields.values:

@@ -129,7 +129,7 @@ class Binding:
         self._seen_versions = {key: p._version for key, p in self._parameters.items()}
         self._untouched = self._state()
 
-    def adopt_changes(self, point: VisitPoint | None = None) -> list[Unit]:
+    def collect_changes(self, point: VisitPoint | None = None) -> list[Unit]:
         """Take over what somebody wrote into parameters at rest, of one point or all; the units they wrote to.
 
         In-place changes (`load_state_dict`, `p.add_`) are at home already, for they were made there. New tensors
@@ -154,7 +154,7 @@ class Binding:
         return list(changed.values())
 
     def set_misfits_aside(self) -> Callable[[], None]:
-        """Put parameters to rest that hold what `adopt_changes` would refuse for its dtype or shape.
+        """Put parameters to rest that hold what `collect_changes` would refuse for its dtype or shape.
 
         Returns:
             To be called in the end. Another shape is given back then, for the rest of the model has it by now. Another

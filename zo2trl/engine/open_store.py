@@ -34,8 +34,7 @@ from zo2trl.tiers.host import HostTier
 from zo2trl.tiers.original_files import OriginalFiles
 from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.store import TieredStore
-from zo2trl.tiers.three import Tiers
-from zo2trl.tiers.tier import Source
+from zo2trl.tiers.tier import Source, Tiers
 from zo2trl.tiers.unit_files import CRC_BYTES, UnitFiles
 from zo2trl.versions import package_version
 from zo2trl.zo.rules import UpdateRule
@@ -147,7 +146,7 @@ def _begin(
     files = UnitFiles(folder.units, fs=fs)
     residency = _make_residency(run, files, originals=originals, fs=fs)
     undo.callback(residency.close)
-    crcs = residency.found(source, keep_base=run.base_folder is None, kept_frozen=run.kept_frozen())
+    crcs = residency.populate(source, keep_base=run.base_folder is None, kept_frozen=run.kept_frozen())
     write_layout(folder.layout, run.layout, crcs, fs=fs)
     run.describe(folder.model)
     fs.sync_tree(folder.model)

@@ -182,7 +182,7 @@ class Engine:
     def flush(self) -> None:
         """Bring homes and parameters up to date: from here on `model.state_dict()` shows every finished step."""
         if current_pass() is None and self.store.is_open:
-            self._adopt_changes()
+            self._commit_changes()
             self.store.flush()
             self.binding.bind_home()
 
@@ -198,7 +198,7 @@ class Engine:
 
     def relayout(self, layout: Layout, placement: Placement) -> None:
         """Visit the same units at other points (whole blocks, leaves), or let them live elsewhere."""
-        self._adopt_changes()  # what was written into the views up to here would not be seen through new ones
+        self._commit_changes()  # what was written into the views up to here would not be seen through new ones
         self.binding.unhook()
         self.binding.let_go()  # a unit that moves away should not be held here as well
         self._perturber.free()
@@ -235,7 +235,7 @@ class Engine:
             raise TraversalError(
                 "A traversal was started from inside another traversal: a loss closure must only run the model."
             )
-        self._adopt_changes()
+        self._commit_changes()
         self.visited = []
         own = self.pass_locals
         self._is_poisoned = False
@@ -306,7 +306,7 @@ class Engine:
     @uninterrupted
     def _visit_alone(self, point: VisitPoint, forward: Forward, arguments: tuple[tuple, dict]) -> Any:
         """A forward outside any traversal: lease, bind, run, put to rest."""
-        self._adopt_changes(point)
+        self._commit_changes(point)
         with self.store.writing_back(), self.store.lease_clean(point) as clean:
             self.binding.bind(point, clean)
             try:
@@ -315,11 +315,11 @@ class Engine:
             finally:
                 self.binding.bind_home_of(point)
 
-    def _adopt_changes(self, point: VisitPoint | None = None) -> None:
-        if changed := self.binding.adopt_changes(point):
+    def _commit_changes(self, point: VisitPoint | None = None) -> None:
+        if changed := self.binding.collect_changes(point):
             if point is not None:  # whoever wrote here wrote elsewhere, too: all of it becomes durable together
-                changed = list(dict.fromkeys([*changed, *self.binding.adopt_changes()]))
-            self.store.adopt_changes(changed)
+                changed = list(dict.fromkeys([*changed, *self.binding.collect_changes()]))
+            self.store.commit_changes(changed)
             self.binding.bind_home()
 
     def _refusing_backward(self, point: VisitPoint) -> AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ from zo2trl.layout.layout import Unit, VisitPoint
 from zo2trl.planning.budgets import TierName
 from zo2trl.planning.rates import MachineRates, VisitCost, dtype_name
 from zo2trl.tiers.disk import CHECK_EVERY
-from zo2trl.tiers.readers import PIECE_BYTES
+from zo2trl.tiers.readers import READ_PIECE_BYTES
 from zo2trl.tiers.ring import plan_regions
 from zo2trl.tiers.staging import N_PIECES_DOWN, N_PIECES_UP
 from zo2trl.zo.tiles import TILE
@@ -270,6 +270,6 @@ def _staging_bytes(plan: Plan, on_disk: Sequence[int]) -> int:
     """Pinned pieces for what comes from and goes to disk, and for a unit read ahead beside units in host memory."""
     if not on_disk:
         return 0
-    piece = min(plan.placement.largest_segment_bytes, PIECE_BYTES)
+    piece = min(plan.placement.largest_segment_bytes, READ_PIECE_BYTES)
     ahead = max(on_disk) if plan.placement.units_in("cpu") else 0
     return (N_PIECES_UP + N_PIECES_DOWN) * piece + ahead

@@ -19,7 +19,7 @@ from zo2trl.files.fs import FS, LOCAL
 from zo2trl.files.os_errors import naming
 from zo2trl.planning.rates import MachineRates, TraversalCost, VisitCost, drive_folder, dtype_name
 from zo2trl.tiers.host import pin, unpin
-from zo2trl.tiers.readers import N_READERS, PIECE_BYTES, aligned_bytes
+from zo2trl.tiers.readers import N_READ_THREADS, READ_PIECE_BYTES, aligned_bytes
 from zo2trl.zo.noise import make_noise
 from zo2trl.zo.records import StepRecord
 from zo2trl.zo.rules import Rounding, UpdateRule
@@ -184,17 +184,17 @@ def _copy_rates(device: torch.device) -> tuple[float, float]:
 
 def _drive_rates(store_dir: Path, *, fs: FS) -> tuple[float, float, float]:
     """Bytes per second read and written, seconds of a core per byte read and checked."""
-    n_bytes = min(MAX_FILE_BYTES, fs.free_bytes(drive_folder(store_dir)) // 4) // PIECE_BYTES * PIECE_BYTES
+    n_bytes = min(MAX_FILE_BYTES, fs.free_bytes(drive_folder(store_dir)) // 4) // READ_PIECE_BYTES * READ_PIECE_BYTES
     with (
         scratch_on_drive(store_dir) as scratch,
-        _file(scratch / "bytes", max(n_bytes, PIECE_BYTES), fs=fs) as (path, fd),
+        _file(scratch / "bytes", max(n_bytes, READ_PIECE_BYTES), fs=fs) as (path, fd),
     ):
-        piece = aligned_bytes(PIECE_BYTES)
+        piece = aligned_bytes(READ_PIECE_BYTES)
         piece.random_(0, 256)
         started_s, n_written = time.perf_counter(), 0
         while n_written < n_bytes and time.perf_counter() < started_s + DRIVE_S:
             fs.write_at(fd, piece.numpy().data, n_written)
-            n_written += PIECE_BYTES
+            n_written += READ_PIECE_BYTES
         fs.sync_data(fd)
         write = max(n_written, 1) / (time.perf_counter() - started_s)
         read, cpu_s = _read_rate(path, fd, n_written, fs=fs)
@@ -218,15 +218,15 @@ def _read_rate(path: Path, fd: int, n_bytes: int, *, fs: FS) -> tuple[float, flo
 
     def read(start: int) -> None:
         if time.perf_counter() < ends_s:
-            into = aligned_bytes(PIECE_BYTES).numpy().data
+            into = aligned_bytes(READ_PIECE_BYTES).numpy().data
             fs.read_at(fd, into, start, path=path, direct=direct)
             zlib.crc32(into)
-            sizes.append(PIECE_BYTES)
+            sizes.append(READ_PIECE_BYTES)
 
     try:
         started_s, cpu_started_s = time.perf_counter(), time.process_time()
-        with ThreadPoolExecutor(N_READERS) as threads:
-            list(threads.map(read, range(0, n_bytes, PIECE_BYTES)))
+        with ThreadPoolExecutor(N_READ_THREADS) as threads:
+            list(threads.map(read, range(0, n_bytes, READ_PIECE_BYTES)))
         seconds, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_started_s
     finally:
         if direct is not None:

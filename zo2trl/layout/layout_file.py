@@ -30,7 +30,7 @@ from zo2trl.zo.tiles import TILE
 
 __all__ = ["StoredLayout", "base_digest", "read_layout", "whole_segment", "write_layout"]
 
-FORMAT = 1
+LAYOUT_FORMAT = 1
 MAX_BYTES = 256 * 2**20
 """About 200 bytes a tensor; the largest published models have a few hundred thousand."""
 MAX_NUMEL = 2**44
@@ -93,7 +93,7 @@ def write_layout(path: Path, layout: Layout, base_crcs: Mapping[int, int], *, fs
         }
         for unit in layout.units
     ]
-    write_json(path, {"format": FORMAT, "units": units}, fs=fs)
+    write_json(path, {"format": LAYOUT_FORMAT, "units": units}, fs=fs)
 
 
 def read_layout(path: Path, *, fs: FS = LOCAL) -> StoredLayout:
@@ -103,9 +103,9 @@ def read_layout(path: Path, *, fs: FS = LOCAL) -> StoredLayout:
         StoreCorrupt: a field is missing or cannot be; names it. Nothing was changed.
     """
     root = Fields(read_json(path, max_bytes=MAX_BYTES, fs=fs), str(path))
-    if (version := root.integer("format")) != FORMAT:
+    if (version := root.integer("format")) != LAYOUT_FORMAT:
         raise StoreCorrupt(
-            f"{path} has format {version}; this zo2trl reads format {FORMAT}. Use the zo2trl that wrote it."
+            f"{path} has format {version}; this zo2trl reads format {LAYOUT_FORMAT}. Use the zo2trl that wrote it."
         )
     crcs: dict[int, int] = {}
     units = tuple(

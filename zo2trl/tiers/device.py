@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from zo2trl.layout.layout import Segment, Unit
-from zo2trl.tiers.tier import Pieces, Source, copy_pieces, tensor_view, tensor_views
+from zo2trl.planning.budgets import TierName
+from zo2trl.tiers.tier import Source, tensor_view, tensor_views
 
 __all__ = ["DeviceTier"]
 
@@ -20,7 +21,7 @@ class DeviceTier:
     each adapter of OPT-13B kept a whole block's memory from whoever might need it.
     """
 
-    name = "gpu"
+    name: TierName = "gpu"
 
     _buffers: dict[int, torch.Tensor]
     _permanent: dict[int, torch.Tensor]
@@ -32,18 +33,19 @@ class DeviceTier:
         parts = arena.split([unit.n_bytes for unit in permanent])
         self._permanent = {unit.index: part for unit, part in zip(permanent, parts, strict=True)}
 
-    def adopt(self, unit: Unit, source: Source) -> None:
+    def add(self, unit: Unit, source: Source) -> None:
         """Allocate and fill."""
-        buffer = self._buffer(unit)
+        buffer = self.reserve(unit)
         for spec in unit.tensors:
             tensor_view(buffer, spec).copy_(source(spec))
-        self._buffers[unit.index] = buffer
 
-    def fill(self, unit: Unit, pieces: Pieces) -> None:
-        """Allocate and fill with the bytes of a unit file."""
-        buffer = self._buffer(unit)
-        copy_pieces(pieces, buffer)
-        self._buffers[unit.index] = buffer
+    def reserve(self, unit: Unit) -> torch.Tensor:
+        """Allocate; a permanent unit has its part of the arena."""
+        if unit.index not in self._buffers:
+            permanent = self._permanent.get(unit.index)
+            new = torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device) if permanent is None else permanent
+            self._buffers[unit.index] = new
+        return self._buffers[unit.index]
 
     def weights(self, segment: Segment) -> torch.Tensor:
         """The segment's bytes in place: leasing a resident unit moves nothing."""
@@ -77,11 +79,6 @@ class DeviceTier:
         """Drop the buffers."""
         self._buffers.clear()
         self._permanent.clear()
-
-    def _buffer(self, unit: Unit) -> torch.Tensor:
-        if unit.index in self._permanent:
-            return self._permanent[unit.index]
-        return torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device)
 
 
 def _nothing() -> None:

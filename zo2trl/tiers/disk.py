@@ -26,6 +26,7 @@ from zo2trl.files.fs import FS, LOCAL
 from zo2trl.files.tracing import traced
 from zo2trl.journal.journal import UnitRecord
 from zo2trl.layout.layout import Segment, TensorSpec, Unit
+from zo2trl.planning.budgets import TierName
 from zo2trl.tiers.checksums import TensorSums
 from zo2trl.tiers.tier import Pieces, Source, host_bytes, tensor_views
 from zo2trl.tiers.unit_files import Draft, UnitFiles, check_crc
@@ -242,9 +243,9 @@ class DiskTier:
         originals: finds homes of frozen units in files that are there already; closed with the tier.
     """
 
-    name = "disk"
+    name: TierName = "disk"
 
-    _residency: dict[int, DiskHome]
+    _homes: dict[int, DiskHome]
     _drafts: dict[int, Draft]
 
     def __init__(
@@ -256,27 +257,27 @@ class DiskTier:
         fs: FS = LOCAL,
     ) -> None:
         self._files, self._fs, self._keep_base, self._originals = files, fs, keep_base, originals
-        self._residency = {}
+        self._homes = {}
         self._drafts = {}
 
-    def adopt(self, unit: Unit, source: Source) -> None:
+    def add(self, unit: Unit, source: Source) -> None:
         """Find the unit in files that are there, or write its first version, one tensor at a time."""
         if self.find(unit, source):
             return
         draft = self._files.draft(unit, lambda spec: host_bytes(source(spec)), position=0)
-        self.move_in(unit, self._files.publish(draft, is_base=self._keep_base and unit.is_trained))
+        self.open_version(unit, self._files.publish(draft, is_base=self._keep_base and unit.is_trained))
 
     def find(self, unit: Unit, source: Source) -> bool:
         """Live in files that are there already; False if there are none."""
         home = None if unit.is_trained or self._originals is None else self._originals.home(unit, source)
         if home is not None:
-            self._residency[unit.index] = home
+            self._homes[unit.index] = home
         return home is not None
 
     def restore(self, unit: Unit, record: UnitRecord) -> None:
         """Open a version that is there, after checking every byte of it."""
         self._files.check(unit, record)
-        self.move_in(unit, record)
+        self.open_version(unit, record)
 
     def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
         """Write into the draft of `version`; True when all of the unit is in it."""
@@ -298,7 +299,7 @@ class DiskTier:
             raise
         del self._drafts[unit.index]
         # Readers that still hold the old home keep its bytes: an unlinked file lives until its last user goes.
-        return partial(self.move_in, unit, record)
+        return partial(self.open_version, unit, record)
 
     def abandon(self, unit: Unit) -> None:
         """Unlink an incomplete draft."""
@@ -306,32 +307,32 @@ class DiskTier:
         if draft is not None:
             self._files.discard(draft)
 
-    def move_in(self, unit: Unit, record: UnitRecord) -> None:
+    def open_version(self, unit: Unit, record: UnitRecord) -> None:
         """Make a published version the home."""
-        self._residency[unit.index] = VersionHome(self._files, unit, record, fs=self._fs)
+        self._homes[unit.index] = VersionHome(self._files, unit, record, fs=self._fs)
 
     def home(self, unit: Unit) -> DiskHome:
         """Where the unit is read from."""
-        return self._residency[unit.index]
+        return self._homes[unit.index]
 
     def view(self, unit: Unit) -> torch.Tensor:
         """All of the unit's bytes as its views have them: a map of its version, or a copy from other files."""
-        return torch.from_numpy(self._residency[unit.index].shown(0, unit.n_bytes))
+        return torch.from_numpy(self._homes[unit.index].shown(0, unit.n_bytes))
 
     def tensors(self, unit: Unit) -> list[torch.Tensor]:
         """See `DiskHome.tensors`."""
-        return self._residency[unit.index].tensors()
+        return self._homes[unit.index].tensors()
 
     def drop(self, unit: Unit) -> None:
         """Forget a home; its file stays, and is closed by whoever reads it last."""
-        self._residency.pop(unit.index, None)
+        self._homes.pop(unit.index, None)
 
     def close(self) -> None:
         """Drop maps and unfinished drafts; published files stay."""
         drafts, self._drafts = self._drafts, {}
-        residency, self._residency = self._residency, {}
+        homes, self._homes = self._homes, {}
         with ExitStack() as everything:
-            for home in residency.values():
+            for home in homes.values():
                 everything.callback(home.close)
             for draft in drafts.values():
                 everything.callback(self._files.discard, draft)

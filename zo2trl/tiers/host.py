@@ -13,8 +13,9 @@ import torch
 
 from zo2trl.errors import StoreError
 from zo2trl.layout.layout import Segment, Unit
+from zo2trl.planning.budgets import TierName
 from zo2trl.tiers.readers import aligned_bytes
-from zo2trl.tiers.tier import Pieces, Source, copy_pieces, tensor_view, tensor_views
+from zo2trl.tiers.tier import Source, tensor_view, tensor_views
 
 __all__ = ["HostTier", "pin", "unpin"]
 
@@ -54,7 +55,7 @@ class HostTier:
     """Residency of units in main memory; those of `units` are reserved at once, so that a machine that is too small is
     found out before anything is moved."""
 
-    name = "cpu"
+    name: TierName = "cpu"
 
     _buffers: dict[int, torch.Tensor]
 
@@ -63,20 +64,16 @@ class HostTier:
         self._pinned = pinned
         try:
             for unit in units:
-                self._reserve(unit)
+                self.reserve(unit)
         except BaseException:
             self.close()
             raise
 
-    def adopt(self, unit: Unit, source: Source) -> None:
+    def add(self, unit: Unit, source: Source) -> None:
         """Reserve, if that was not done yet, and fill."""
-        home = self._reserve(unit)
+        home = self.reserve(unit)
         for spec in unit.tensors:
             tensor_view(home, spec).copy_(source(spec))
-
-    def fill(self, unit: Unit, pieces: Pieces) -> None:
-        """Reserve, if that was not done yet, and fill with the bytes of a unit file."""
-        copy_pieces(pieces, self._reserve(unit))
 
     def weights(self, segment: Segment) -> torch.Tensor:
         """The segment's bytes in place, ready for an asynchronous copy when pinned."""
@@ -115,7 +112,8 @@ class HostTier:
             if self._pinned and buffer.numel():
                 unpin(buffer)
 
-    def _reserve(self, unit: Unit) -> torch.Tensor:
+    def reserve(self, unit: Unit) -> torch.Tensor:
+        """Allocate and pin, if that was not done yet."""
         if unit.index not in self._buffers:
             new = _pinned_bytes(unit.n_bytes) if self._pinned else torch.zeros(unit.n_bytes, dtype=torch.uint8)
             self._buffers[unit.index] = new

@@ -16,7 +16,7 @@ from zo2trl.zo.tiles import Perturbed
 
 __all__ = ["Lease"]
 
-Bring = Callable[["Lease", Sequence[Perturbed], bool], None]
+Materialize = Callable[["Lease", Sequence[Perturbed], bool], None]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -30,7 +30,7 @@ class Lease:
     """Records of the journal that `weights` have absorbed."""
     writes_back: bool
     """It is their turn to be stored at home, with every record absorbed."""
-    bring: Bring
+    materialize: Materialize
     fetch: Fetch | None = None
     write: Future | None = None
 
@@ -41,7 +41,7 @@ class Lease:
 
     def clean(self) -> torch.Tensor:
         """The weights, with every record absorbed."""
-        self.bring(self, (), True)
+        self.materialize(self, (), True)
         return self.weights
 
     def perturb(self, probes: Sequence[Perturbed], *, is_last: bool) -> None:
@@ -50,4 +50,4 @@ class Lease:
         With `is_last` nothing more is asked of this lease, and the last probe may go into `weights` itself if they
         may be perturbed.
         """
-        self.bring(self, probes, self.writes_back or not is_last)
+        self.materialize(self, probes, self.writes_back or not is_last)

@@ -27,7 +27,7 @@ from zo2trl.files.fs import FS, LOCAL
 from zo2trl.files.tracing import traced
 from zo2trl.layout.layout import TensorSpec, Unit
 from zo2trl.tiers.disk import DiskHome
-from zo2trl.tiers.readers import PIECE_BYTES
+from zo2trl.tiers.readers import READ_PIECE_BYTES
 from zo2trl.tiers.tier import Source, host_bytes
 from zo2trl.tiers.unit_files import padded_crc
 
@@ -227,9 +227,9 @@ class OriginalHome(DiskHome):
 def _is_there(place: _Place, wanted: memoryview) -> bool:
     """Whether a file has what memory has: somebody may have written into the map, or into the file."""
     data = np.frombuffer(wanted, np.uint8)
-    buffer = np.empty(min(PIECE_BYTES, len(data)), np.uint8)
-    for start in range(0, len(data), PIECE_BYTES):
-        piece = buffer[: min(PIECE_BYTES, len(data) - start)]
+    buffer = np.empty(min(READ_PIECE_BYTES, len(data)), np.uint8)
+    for start in range(0, len(data), READ_PIECE_BYTES):
+        piece = buffer[: min(READ_PIECE_BYTES, len(data) - start)]
         place.file.read_at(piece.data, place.offset + start)
         if not np.array_equal(piece, data[start : start + len(piece)]):
             return False

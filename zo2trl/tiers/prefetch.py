@@ -31,7 +31,7 @@ from zo2trl.tiers.ring import Region, Ring, Slot, plan_regions
 
 __all__ = ["Arrival", "Fetch", "Load", "Prefetcher", "Slot"]
 
-N_READERS = 2  # segments read from disk at once: the drive goes on with the next one while the last is brought up
+N_DISK_FETCHES = 2  # segments read from disk at once: the drive goes on with the next one while the last is brought up
 
 
 class Arrival(NamedTuple):
@@ -101,7 +101,7 @@ class Prefetcher:
         self._follow(order)
         self._cursor = 0
         self._uploader = ThreadPoolExecutor(1, thread_name_prefix="zo2trl-fetch")
-        self._readers = ThreadPoolExecutor(N_READERS, thread_name_prefix="zo2trl-fetch-disk")
+        self._readers = ThreadPoolExecutor(N_DISK_FETCHES, thread_name_prefix="zo2trl-fetch-disk")
 
     def expect(self, order: Sequence[Segment]) -> None:
         """Replace the hint: the segments of one whole traversal, in order of need."""

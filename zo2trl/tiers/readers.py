@@ -15,31 +15,31 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
-__all__ = ["N_READERS", "PIECE_BYTES", "Pieces", "Readers", "aligned_bytes"]
+__all__ = ["N_READ_THREADS", "READ_PIECE_BYTES", "Batch", "Readers", "aligned_bytes"]
 
-N_READERS = 4
-PIECE_BYTES = 4 << 20
+N_READ_THREADS = 4
+READ_PIECE_BYTES = 4 << 20
 
 
 class Readers:
     """The threads. What comes first is begun first."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(N_READERS, thread_name_prefix="zo2trl-read")
+        self._pool = ThreadPoolExecutor(N_READ_THREADS, thread_name_prefix="zo2trl-read")
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
         """Call `work` in one of the threads."""
         return self._pool.submit(work)
 
-    def begin(self, work: Callable[[int, int], None], *, first: int = 0, n_bytes: int) -> "Pieces":
+    def begin(self, work: Callable[[int, int], None], *, first: int = 0, n_bytes: int) -> "Batch":
         """Have `work(start, stop)` called for every piece of the bytes from `first` up to `n_bytes`."""
-        pieces = Pieces(work)
-        for start in range(first, n_bytes, PIECE_BYTES):
-            pieces.jobs.append(self._pool.submit(pieces.bring, start, min(start + PIECE_BYTES, n_bytes)))
-        return pieces
+        batch = Batch(work)
+        for start in range(first, n_bytes, READ_PIECE_BYTES):
+            batch.jobs.append(self._pool.submit(batch.run, start, min(start + READ_PIECE_BYTES, n_bytes)))
+        return batch
 
     def run(self, work: Callable[[int, int], None], *, n_bytes: int) -> None:
-        """The same, and wait until all have ended; see `Pieces.end`."""
+        """The same, and wait until all have ended; see `Batch.end`."""
         self.begin(work, n_bytes=n_bytes).end()
 
     def close(self) -> None:
@@ -47,15 +47,15 @@ class Readers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Pieces:
-    """Pieces that are being worked on. Whoever began them has to `end` them."""
+class Batch:
+    """Batch that are being worked on. Whoever began them has to `end` them."""
 
     def __init__(self, work: Callable[[int, int], None]) -> None:
         self.jobs: list[Future[None]] = []
         self._work = work
         self._is_given_up = threading.Event()
 
-    def bring(self, start: int, stop: int) -> None:
+    def run(self, start: int, stop: int) -> None:
         """Work on one piece."""
         if self._is_given_up.is_set():
             return

@@ -27,16 +27,14 @@ from zo2trl.journal.journal import UnitRecord
 from zo2trl.layout.layout import Layout, Segment, Unit
 from zo2trl.planning.budgets import TierName
 from zo2trl.planning.placement import Placement
-from zo2trl.tiers.disk import DiskReading, DiskTier
+from zo2trl.tiers.catch_up import Ledger
 from zo2trl.tiers.first_weights import comparing, noting, refuse_lost_base
 from zo2trl.tiers.prefetch import Arrival, Slot
 from zo2trl.tiers.read_ahead import ReadAhead
-from zo2trl.tiers.replay import Ledger
 from zo2trl.tiers.staging import Staging
-from zo2trl.tiers.three import AnyTier, Tiers
-from zo2trl.tiers.tier import Source, carve, copy_pieces, gathered, host_bytes
+from zo2trl.tiers.tier import Reading, Source, Tier, Tiers, carve, copy_pieces, gathered, host_bytes
 from zo2trl.tiers.unit_files import Draft, UnitFiles
-from zo2trl.tiers.writer import LetGo, WriteJobs, raise_first
+from zo2trl.tiers.writer import Release, Writer, raise_first
 
 __all__ = ["Residency"]
 
@@ -67,7 +65,7 @@ class Residency:
         self._tiers, self._device, self._ledger = tiers, device, Ledger()
         self.inconsistent_reason: str | None = None  # what an error interrupted: no position describes the bytes
         self._views: Counter[int] = Counter()  # unit -> how often its home moved to other memory
-        self._writes = WriteJobs()
+        self._writes = Writer()
         self._invalidated: set[int] = set()  # segments on disk whose views users may have written to
         self.will_write_back: Callable[[Segment], bool] = lambda segment: True  # then a load compares every byte
         self._lock = threading.Lock()  # traffic, views and ledger are changed by worker threads, too
@@ -76,7 +74,7 @@ class Residency:
 
     # -- moving in
 
-    def found(self, source: Source, *, keep_base: bool, kept_frozen: Collection[int] = ()) -> dict[int, int]:
+    def populate(self, source: Source, *, keep_base: bool, kept_frozen: Collection[int] = ()) -> dict[int, int]:
         """Take over every unit's weights, one tensor at a time; returns tensor id -> CRC32 of its padded bytes.
 
         With `keep_base`, units with trainable tensors (and `kept_frozen`) that live in memory are written to files.
@@ -84,9 +82,9 @@ class Residency:
         crcs: dict[int, int] = {}
         noted = noting(source, crcs)
         for unit in self.layout.units:
-            self._tier(unit).adopt(unit, noted)
-            writes_back = (keep_base and unit.is_trained) or unit.index in kept_frozen
-            if writes_back and self.tier_of(unit) != "disk":
+            self._tier(unit).add(unit, noted)
+            needs_file = (keep_base and unit.is_trained) or unit.index in kept_frozen
+            if needs_file and self.tier_of(unit) != "disk":
                 self._save(unit, self.view(unit)[0], position=0, is_base=True)
         return crcs
 
@@ -105,12 +103,12 @@ class Residency:
             if record is None:
                 if not has_base:
                     refuse_lost_base(unit, folder)
-                tier.adopt(unit, compared)
+                tier.add(unit, compared)
                 continue
-            if isinstance(tier, DiskTier):
-                tier.restore(unit, record)
+            if (name := self.tier_of(unit)) == "disk":
+                self._tiers.disk.restore(unit, record)
             else:
-                tier.fill(unit, self.files.read_checked(unit, record))
+                copy_pieces(self.files.read_checked(unit, record), self._tiers.in_memory(name).reserve(unit))
             self._ledger.place(self._segments([unit]), record.position)
 
     def tier_of(self, unit: Unit) -> TierName:
@@ -164,16 +162,17 @@ class Residency:
         All of it must be at one position, nothing of it lent, fetched ahead or being written; parameters that show its
         bytes keep the old memory alive until they are put to rest anew.
         """
-        position, old, new = self._one_position_of(unit), self._tier(unit), self._tiers[to]
+        position, source = self._one_position_of(unit), self.tier_of(unit)
+        old, new = self._tiers[source], self._tiers[to]
         if new is old:
             return
         try:
-            if isinstance(old, DiskTier):
-                new.fill(unit, old.home(unit).pieces())  # type: ignore[union-attr]
-            elif not isinstance(new, DiskTier):
-                new.adopt(unit, partial(carve, old.view(unit)))
-            elif self.files.newest(unit) is not None or not new.find(unit, partial(carve, old.view(unit))):
-                new.move_in(unit, self._filed(unit, position))
+            if to == "disk":
+                self._move_to_disk(unit, position)
+            elif source == "disk":
+                copy_pieces(self._tiers.disk.home(unit).pieces(), self._tiers.in_memory(to).reserve(unit))
+            else:
+                self._tiers.in_memory(to).reserve(unit).copy_(old.view(unit))
         except BaseException:
             new.drop(unit)
             raise
@@ -183,6 +182,11 @@ class Residency:
             self.placement = replace(self.placement, tier_of={**self.placement.tier_of, unit.index: to})
             self._views[unit.index] += 1
         old.drop(unit)
+
+    def _move_to_disk(self, unit: Unit, position: int) -> None:
+        disk, has_version = self._tiers.disk, self.files.newest(unit) is not None
+        if has_version or not disk.find(unit, partial(carve, self.view(unit)[0])):
+            disk.open_version(unit, self._filed(unit, position))
 
     def make_staging(self, n_bytes: int) -> None:
         """Host memory for segments that come from or go to disk."""
@@ -210,7 +214,7 @@ class Residency:
         self._count(h2d=segment.n_bytes)
         return Arrival(position)
 
-    def _open(self, segment: Segment) -> DiskReading:
+    def _open(self, segment: Segment) -> Reading:
         self._wait_for_write(segment)
         with self._lock:  # one snapshot: a new version may be published while we copy the old one
             position, home = self._ledger.position(segment), self._tiers.disk.home(segment.unit)
@@ -260,7 +264,7 @@ class Residency:
             records = self.files.publish_together(drafts)
             for record in records:
                 self._fill(self.layout.units[record.unit], record)
-            self._move_in(records)
+            self._open_versions(records)
         except BaseException as error:
             self.inconsistent_reason = f"weights from outside were being taken over ({error})"
             for draft in drafts:
@@ -278,19 +282,19 @@ class Residency:
             with self._lock:
                 self._ledger.place(self._segments([unit]), position)
         if on_disk or (newest is not None and newest.position > position):
-            self._move_in([self.files.publish(self._draft(unit, data, position=position))])
+            self._open_versions([self.files.publish(self._draft(unit, data, position=position))])
 
     def _fill(self, unit: Unit, record: UnitRecord) -> None:
         """A version -> a home in memory, in place."""
         if self.tier_of(unit) != "disk":
             copy_pieces(self.files.read_checked(unit, record), self.view(unit)[0])
 
-    def _move_in(self, records: Sequence[UnitRecord]) -> None:
+    def _open_versions(self, records: Sequence[UnitRecord]) -> None:
         for record in records:
             unit = self.layout.units[record.unit]
             with self._lock:
                 if self.tier_of(unit) == "disk":
-                    self._tiers.disk.move_in(unit, record)
+                    self._tiers.disk.open_version(unit, record)
                     self._views[unit.index] += 1
                 self._ledger.place(self._segments([unit]), record.position)
             self._count(disk_written=unit.n_bytes)
@@ -328,20 +332,21 @@ class Residency:
 
     @traced("write back", lambda residency, segment, *_, **__: segment.unit.name)
     def _write(
-        self, segment: Segment, weights: torch.Tensor, let_go: LetGo, *, position: int, ready: torch.Event | None
+        self, segment: Segment, weights: torch.Tensor, release: Release, *, position: int, ready: torch.Event | None
     ) -> None:
-        tier = self._tier(segment.unit)
-        if on_disk := isinstance(tier, DiskTier):
-            complete = tier.write_pieces(segment, self._staging.download(weights, ready), version=position)
+        tier, on_disk = self._tier(segment.unit), self.tier_of(segment.unit) == "disk"
+        if on_disk:
+            pieces = self._staging.download(weights, ready)
+            complete = self._tiers.disk.write_pieces(segment, pieces, version=position)
         else:
             with self._staging.downloaded(weights, ready) as data:
                 complete = tier.write(segment, data, version=position)
-        let_go()  # the slot is free while the file is being synced
-        move_in = tier.publish(segment.unit) if complete else None
+        release()  # the slot is free while the file is being synced
+        make_home = tier.publish(segment.unit) if complete else None
         with self._lock:
             self._ledger.draft(segment, position)
-            if move_in is not None:
-                move_in()
+            if make_home is not None:
+                make_home()
                 self._ledger.publish(segment.unit)
                 self._views[segment.unit.index] += on_disk
         self._count(
@@ -376,7 +381,7 @@ class Residency:
 
     # -- small print
 
-    def _tier(self, unit: Unit) -> AnyTier:
+    def _tier(self, unit: Unit) -> Tier:
         return self._tiers[self.tier_of(unit)]
 
     def _segments(self, units: Collection[Unit]) -> list[Segment]:

@@ -17,31 +17,19 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 from zo2trl.tiers.host import pin, unpin
-from zo2trl.tiers.readers import N_READERS, PIECE_BYTES, Readers, aligned_bytes
+from zo2trl.tiers.readers import N_READ_THREADS, READ_PIECE_BYTES, Readers, aligned_bytes
 from zo2trl.tiers.ring import Slot
-from zo2trl.tiers.tier import host_bytes
+from zo2trl.tiers.tier import Reading, host_bytes
 
-__all__ = ["Begun", "Reading", "Staging"]
+__all__ = ["Begun", "Staging"]
 
-N_PIECES_UP = N_READERS + 2  # those that are being filled, and others whose copies wait for their slot
+N_PIECES_UP = N_READ_THREADS + 2  # those that are being filled, and others whose copies wait for their slot
 N_PIECES_DOWN = 2  # one is written to disk while the next one comes
-
-
-class Reading(Protocol):
-    """One segment on its way from disk."""
-
-    def fill(self, into: torch.Tensor, start: int) -> None:
-        """Read `into` (uint8, host memory) full from byte `start` of the segment; from several threads at once."""
-        ...
-
-    def finish(self) -> None:
-        """Every byte was read: raise if they are not what they should be."""
-        ...
 
 
 R = TypeVar("R", bound=Reading)
@@ -116,7 +104,7 @@ class Staging:
         self._down_pieces: list[_Piece] = []
         self._in_pieces = self._on_gpu if in_pieces is None else in_pieces
         if n_bytes and self._in_pieces:
-            self._make_pieces(min(n_bytes, PIECE_BYTES), ahead_bytes=ahead_bytes)
+            self._make_pieces(min(n_bytes, READ_PIECE_BYTES), ahead_bytes=ahead_bytes)
 
     def _make_pieces(self, n_bytes: int, *, ahead_bytes: int) -> None:
         self._memory = aligned_bytes((N_PIECES_DOWN + N_PIECES_UP + ahead_bytes // n_bytes) * n_bytes)
@@ -141,7 +129,7 @@ class Staging:
 
     def read_ahead(self, begun: Begun) -> bool:
         """Read on before there is a slot, as far as there is memory for that; False if it does not reach the end."""
-        for start in range(len(begun.parts) * PIECE_BYTES, begun.n_bytes, PIECE_BYTES):
+        for start in range(len(begun.parts) * READ_PIECE_BYTES, begun.n_bytes, READ_PIECE_BYTES):
             try:
                 piece = self._ahead.get_nowait()
             except Empty:
@@ -165,9 +153,11 @@ class Staging:
             self._readers.run(lambda start, stop: reading.fill(target[start:stop], start), n_bytes=begun.n_bytes)
         else:
             self._wait_for(slot)
-            first = len(begun.parts) * PIECE_BYTES
+            first = len(begun.parts) * READ_PIECE_BYTES
             others = self._readers.begin(
-                lambda start, stop: self._bring(begun, target[start:stop], start), first=first, n_bytes=begun.n_bytes
+                lambda start, stop: self._read_and_upload_piece(begun, target[start:stop], start),
+                first=first,
+                n_bytes=begun.n_bytes,
             )
             try:
                 self._upload_parts(begun, target)
@@ -196,14 +186,14 @@ class Staging:
         """What was read ahead. Here, in the fetch thread: a reader that waited for another one would not read."""
         for start in sorted(begun.parts):
             part = begun.parts.pop(start)
-            staged = part.piece.memory[: min(PIECE_BYTES, begun.n_bytes - start)]
+            staged = part.piece.memory[: min(READ_PIECE_BYTES, begun.n_bytes - start)]
             try:
                 part.job.result()
                 part.piece.copy(staged, target[start : start + staged.numel()], stream=self._up)
             finally:
                 self._give_back_ahead(part.piece)
 
-    def _bring(self, begun: Begun, target: torch.Tensor, start: int) -> None:
+    def _read_and_upload_piece(self, begun: Begun, target: torch.Tensor, start: int) -> None:
         piece = self._free.get()
         try:
             staged = piece.memory[: target.numel()]
@@ -243,13 +233,13 @@ class Staging:
         if self._down is not None:
             assert ready is not None
             self._down.wait_event(ready)
-        sent = [weights[start : start + PIECE_BYTES] for start in range(0, weights.numel(), PIECE_BYTES)]
+        sent = [weights[start : start + READ_PIECE_BYTES] for start in range(0, weights.numel(), READ_PIECE_BYTES)]
         self._send(sent, 0)
         for number, part in enumerate(sent):
             self._send(sent, number + 1)
             piece = self._down_pieces[number % N_PIECES_DOWN]
             piece.wait()
-            yield number * PIECE_BYTES, host_bytes(piece.memory[: part.numel()])
+            yield number * READ_PIECE_BYTES, host_bytes(piece.memory[: part.numel()])
 
     def _send(self, parts: list[torch.Tensor], number: int) -> None:
         if number < len(parts):

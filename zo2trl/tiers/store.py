@@ -23,9 +23,9 @@ from zo2trl.layout.layout import Layout, Segment, Unit, VisitPoint
 from zo2trl.planning.budgets import TierName
 from zo2trl.planning.placement import Placement, summarise
 from zo2trl.planning.write_schedule import WriteSchedule
+from zo2trl.tiers.catch_up import catch_up
 from zo2trl.tiers.leases import Lease
 from zo2trl.tiers.prefetch import Prefetcher
-from zo2trl.tiers.replay import catch_up
 from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.tier import Source, gathered
 from zo2trl.zo.records import Record
@@ -160,8 +160,8 @@ class TieredStore:
         self._refuse_if_read_only("train")
         self._forget_later_records()
         self.journal.append(record)
-        notify, self._on_first_step = self._on_first_step, lambda: None
-        notify()
+        on_first_step, self._on_first_step = self._on_first_step, lambda: None
+        on_first_step()
         self._absorb_root()
         position = len(self.records)
         every, units = self.write_schedule.snapshot, self.layout.units
@@ -209,7 +209,7 @@ class TieredStore:
         self.residency.invalidate_views()
 
     @uninterrupted
-    def adopt_changes(self, units: Sequence[Unit]) -> None:
+    def commit_changes(self, units: Sequence[Unit]) -> None:
         """Somebody wrote into these units' views: keep what they wrote, durably, as a new beginning.
 
         Steps before it do not lead there, so the journal alone is not enough any more to rebuild the weights.
@@ -219,7 +219,7 @@ class TieredStore:
 
     @uninterrupted
     def replace(self, source: Source) -> None:
-        """Overwrite every unit's weights, durably: a new beginning, as in `adopt_changes`."""
+        """Overwrite every unit's weights, durably: a new beginning, as in `commit_changes`."""
         self._refuse_if_read_only("replace weights")
         self._begin_anew((unit, gathered(unit, source)) for unit in self.layout.units)
 
@@ -313,7 +313,7 @@ class TieredStore:
         position = self.residency.position(segment)
         return Lease(
             segment=segment, weights=self.residency.weights(segment), position=position,
-            writes_back=self._writes_back(segment, position), bring=self._bring,
+            writes_back=self._writes_back(segment, position), materialize=self._materialize,
         )  # fmt: skip
 
     def _fetched(self, segment: Segment) -> Lease:
@@ -333,14 +333,14 @@ class TieredStore:
             raise
         return Lease(
             segment=segment, weights=PLAIN.decode(fetch.wire), position=arrival.position, writes_back=writes_back,
-            bring=self._bring, fetch=fetch,
+            materialize=self._materialize, fetch=fetch,
         )  # fmt: skip
 
     def _writes_back(self, segment: Segment, position: int) -> bool:
         return segment.is_trainable and position < len(self.records) and self._is_due(segment.unit)
 
     @uninterrupted
-    def _bring(self, lease: Lease, probes: Sequence[Perturbed], keep: bool) -> None:
+    def _materialize(self, lease: Lease, probes: Sequence[Perturbed], keep: bool) -> None:
         segment, records = lease.segment, self.records
         is_resident = lease.fetch is None
         try:

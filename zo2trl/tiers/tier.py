@@ -1,32 +1,56 @@
-"""What every tier can do. One contract test (tests/tiers/test_tier_contract.py) runs against all of them.
+"""Contracts of the tiers: what the device, main memory and the disk can do with units, and what only some of them can.
 
-Does not: decide who lives where (placement.py) or when something moves (prefetch.py, store.py).
+One contract test (tests/tiers/test_tier_contract.py) runs against every tier.
+
+Does not: decide where a unit lives (planning/placement.py) or when something moves (prefetch.py, store.py).
 Invariant: what `view` returned stays one whole version of every segment: a disk unit's old map outlives the publishing
 of a new version, and a host unit's segments change only inside `write`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from zo2trl.journal.journal import UnitRecord
 from zo2trl.layout.layout import Segment, TensorSpec, Unit
+from zo2trl.planning.budgets import TierName
 
-__all__ = ["Pieces", "Source", "Tier", "carve", "copy_pieces", "gathered", "host_bytes", "tensor_view", "tensor_views"]
+__all__ = [
+    "MemoryTier",
+    "Pieces",
+    "Reading",
+    "Source",
+    "Tier",
+    "Tiers",
+    "UnitHome",
+    "VersionedTier",
+    "carve",
+    "copy_pieces",
+    "gathered",
+    "host_bytes",
+    "tensor_view",
+    "tensor_views",
+]
 
 Source = Callable[[TensorSpec], torch.Tensor]
-"""Gives a tensor's values, in the spec's shape and dtype, on any device, while a unit is adopted."""
+"""Gives a tensor's values, in the spec's shape and dtype, on any device, while a unit is added to a tier."""
 
 Pieces = Iterator[tuple[int, memoryview]]
 """A unit's bytes in order: (byte offset, bytes that are valid until the next piece)."""
 
 
 class Tier(Protocol):
-    """Residency of units. Buffers are flat uint8 tensors; `Segment.byte_start` counts from the start of the unit."""
+    """Homes of units. Buffers are flat uint8 tensors; `Segment.byte_start` counts from the start of the unit."""
 
-    name: str
+    @property
+    def name(self) -> TierName:
+        """What a placement calls this tier."""
+        ...
 
-    def adopt(self, unit: Unit, source: Source) -> None:
+    def add(self, unit: Unit, source: Source) -> None:
         """Make a home for a unit and fill it, tensor by tensor; padding is zero."""
         ...
 
@@ -58,6 +82,106 @@ class Tier(Protocol):
     def close(self) -> None:
         """Release memory, maps and files; idempotent."""
         ...
+
+
+class MemoryTier(Tier, Protocol):
+    """A tier whose homes are buffers that keep their addresses, so that bytes can be copied in and out directly."""
+
+    def reserve(self, unit: Unit) -> torch.Tensor:
+        """The buffer of a unit's home, which is made if there is none; the caller fills all of it."""
+        ...
+
+    def weights(self, segment: Segment) -> torch.Tensor:
+        """A segment's bytes in place."""
+        ...
+
+
+class Reading(Protocol):
+    """One segment on its way from disk."""
+
+    @property
+    def position(self) -> int:
+        """Records of the journal that its bytes have absorbed."""
+        ...
+
+    @property
+    def is_checked(self) -> bool:
+        """Every byte was compared with its checksum, once `finish` has returned."""
+        ...
+
+    @property
+    def was_written_to(self) -> bool:
+        """The view of these tensors was changed, and the bytes are those of the view."""
+        ...
+
+    def fill(self, into: torch.Tensor, start: int) -> None:
+        """Read `into` (uint8, host memory) full from byte `start` of the segment; from several threads at once."""
+        ...
+
+    def finish(self) -> None:
+        """Check what was read, after all of it was: raises `StoreCorrupt` if it is not what it should be."""
+        ...
+
+
+class UnitHome(Protocol):
+    """Where a unit of a versioned tier is read from; it stays readable after a newer version took its place."""
+
+    def reading(
+        self, tensors: Sequence[TensorSpec], *, position: int = 0, check_all: bool = True, beside_view: bool = False
+    ) -> Reading:
+        """Begin to read consecutive tensors and their padding; see `DiskHome.reading`."""
+        ...
+
+    def pieces(self) -> Pieces:
+        """All of the unit, tensor by tensor, each compared with its checksum."""
+        ...
+
+
+class VersionedTier(Tier, Protocol):
+    """A tier whose homes are immutable versions: a write makes a new one, and a published one can be opened again."""
+
+    def write_pieces(self, segment: Segment, pieces: Iterable[tuple[int, memoryview]], *, version: int) -> bool:
+        """`write`, from pieces of the segment in order: (byte offset, bytes that are valid until the next one)."""
+        ...
+
+    def find(self, unit: Unit, source: Source) -> bool:
+        """Use files that hold what `source` gives as the unit's home; False if there are none."""
+        ...
+
+    def restore(self, unit: Unit, record: UnitRecord) -> None:
+        """Open a version that is there, after checking every byte of it."""
+        ...
+
+    def open_version(self, unit: Unit, record: UnitRecord) -> None:
+        """Make a published version the unit's home."""
+        ...
+
+    def home(self, unit: Unit) -> UnitHome:
+        """Where the unit is read from."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiers:
+    """The three tiers of one store."""
+
+    gpu: MemoryTier
+    cpu: MemoryTier
+    disk: VersionedTier
+
+    def __getitem__(self, name: TierName) -> Tier:
+        return self.disk if name == "disk" else self.in_memory(name)
+
+    def in_memory(self, name: TierName) -> MemoryTier:
+        """The tier of this name, which is not the disk."""
+        assert name != "disk"
+        return self.gpu if name == "gpu" else self.cpu
+
+    def close(self) -> None:
+        """Release memory, maps and files."""
+        with ExitStack() as everything:
+            for tier in (self.gpu, self.cpu, self.disk):
+                everything.callback(tier.close)
 
 
 def carve(buffer: torch.Tensor, spec: TensorSpec, *, byte_start: int = 0) -> torch.Tensor:

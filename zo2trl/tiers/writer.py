@@ -15,17 +15,17 @@ from typing import ParamSpec, TypeVar
 from zo2trl.files.waiting import wait_for_all
 from zo2trl.layout.layout import Segment
 
-__all__ = ["LetGo", "WriteJobs", "raise_first"]
+__all__ = ["Release", "Writer", "raise_first"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-LetGo = Callable[[], None]
+Release = Callable[[], None]
 """Called by a job that does not need the bytes it was given any more."""
 
 
-class WriteJobs:
+class Writer:
     """The thread and its jobs."""
 
     _newest: dict[int, tuple[Segment, Future]]  # segment index -> its newest write-back
@@ -36,7 +36,7 @@ class WriteJobs:
         self._newest = {}
         self._others = []
 
-    def write_back(self, segment: Segment, work: Callable[[LetGo], None]) -> Future[None]:
+    def write_back(self, segment: Segment, work: Callable[[Release], None]) -> Future[None]:
         """Write a segment, later; `get` finds the job from here on.
 
         The future returned is done when the job lets go of the bytes that it was given, at its end at the latest.

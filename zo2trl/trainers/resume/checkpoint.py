@@ -53,7 +53,7 @@ MARKER_NAME = "zo_checkpoint.json"
 ARGUMENTS_NAME = "training_args.json"
 STATE_NAMES = (MARKER_NAME, "trainer_state.json", OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)
 """What a checkpoint holds beside a model folder's files."""
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 MAX_CHECKED_BYTES = 256 * 2**20  # larger files are weights: their size is checked, and their sum if asked for
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _PIECE_BYTES = 8 * 2**20
@@ -109,7 +109,7 @@ def commit_checkpoint(folder: Path, pointer: Pointer, *, fs: FS = LOCAL) -> None
         n_bytes, crc = _measure(path, fs)
         files[path.relative_to(folder).as_posix()] = {"bytes": n_bytes, "crc32": crc}
     counters = encode_state(pointer.counters, where="counters")  # a mean loss may be NaN
-    body: dict[str, JSON] = {"format": FORMAT, **asdict(pointer), "counters": counters, "files": files}
+    body: dict[str, JSON] = {"format": CHECKPOINT_FORMAT, **asdict(pointer), "counters": counters, "files": files}
     write_json(folder / MARKER_NAME, {**body, "crc32": _crc_of(body)}, fs=fs)
     fs.sync_folder(folder.parent)
 
@@ -129,8 +129,10 @@ def read_checkpoint(folder: Path, *, check_weights: bool = False, fs: FS = LOCAL
     fields = Fields(
         read_json(marker, max_bytes=MAX_JSON_BYTES, fs=fs, error=CheckpointError), str(marker), error=CheckpointError
     )
-    if (version := fields.integer("format")) != FORMAT:
-        raise CheckpointError(f"{marker} has format {version}; this zo2trl reads {FORMAT}. Use the one that wrote it.")
+    if (version := fields.integer("format")) != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{marker} has format {version}; this zo2trl reads {CHECKPOINT_FORMAT}. Use the one that wrote it."
+        )
     if _crc_of({name: value for name, value in fields.values.items() if name != "crc32"}) != fields.integer("crc32"):
         raise CheckpointError(f"{marker} was changed after it was written: its checksum differs. {CURE}")
     for name, row in fields.table("files").items():

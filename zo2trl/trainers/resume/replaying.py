@@ -183,7 +183,7 @@ def _refuse_other_rate(record: StepRecord, learning_rate: float) -> None:
 
 def refuse_changed_weights(engine: Engine, *, global_step: int) -> None:
     """Raise `ConfigError` if somebody wrote into parameters while steps are gone through that did so before."""
-    if engine.binding.adopt_changes():
+    if engine.binding.collect_changes():
         engine.shutdown(flush=False)
         raise ConfigError(
             f"A callback changed weights around step {global_step}, which is gone through again: they were changed "
