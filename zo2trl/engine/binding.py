@@ -56,9 +56,7 @@ class Binding:
 
     _parameters: dict[int, nn.Parameter]  # tensor id -> Parameter
     _bound_views: dict[tuple[int, int, int], list[tuple[nn.Parameter, torch.Tensor]]]  # (segment, addresses) -> its
-    _views_at_home: dict[
-        int, tuple[int, list[tuple[nn.Parameter, torch.Tensor]]]
-    ]  # unit -> (version of home, tensors)
+    _views_at_home: dict[int, tuple[int, list[tuple[nn.Parameter, torch.Tensor]]]]  # unit -> (version, its tensors)
     _bound_home: dict[int, torch.Tensor]  # tensor id -> the view it was last put to rest with
     _seen_versions: dict[int, int]  # tensor id -> Parameter._version at that moment
     _untouched: list[list[Any]]  # `_state` at that moment
