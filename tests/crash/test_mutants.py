@@ -16,7 +16,8 @@ from tests.support.processes import single_threaded
 from zo2trl.errors import ZO2TRLError
 from zo2trl.journal import journal as journal_module
 from zo2trl.journal.journal import Journal
-from zo2trl.tiers import replay, store, unit_files
+from zo2trl.tiers import catch_up as catching_up
+from zo2trl.tiers import store, unit_files
 from zo2trl.tiers.unit_files import UnitFiles
 
 Patch = pytest.MonkeyPatch
@@ -111,14 +112,14 @@ def checksums_of_weights_not_looked_at(patch: Patch) -> None:
 
 
 def replay_from_the_step_before(patch: Patch) -> None:
-    original = replay.Ledger.place
+    original = catching_up.Ledger.place
     patch.setattr(
-        replay.Ledger, "place", lambda self, segments, position: original(self, segments, max(position - 1, 0))
+        catching_up.Ledger, "place", lambda self, segments, position: original(self, segments, max(position - 1, 0))
     )
 
 
 def replay_applied_twice(patch: Patch) -> None:
-    original = replay.catch_up
+    original = catching_up.catch_up
 
     def catch_up(weights, segment, records, *, position, rule, **probes) -> bool:
         if position < len(records):
@@ -130,7 +131,7 @@ def replay_applied_twice(patch: Patch) -> None:
 
 
 def a_record_skipped(patch: Patch) -> None:
-    original = replay.catch_up
+    original = catching_up.catch_up
 
     def catch_up(weights, segment, records, *, position, rule, **probes) -> bool:
         return original(

@@ -184,9 +184,8 @@ class Residency:
         old.drop(unit)
 
     def _move_to_disk(self, unit: Unit, position: int) -> None:
-        disk, has_version = self._tiers.disk, self.files.newest(unit) is not None
-        if has_version or not disk.find(unit, partial(carve, self.view(unit)[0])):
-            disk.open_version(unit, self._filed(unit, position))
+        if self.files.newest(unit) or not self._tiers.disk.find(unit, partial(carve, self.view(unit)[0])):
+            self._tiers.disk.open_version(unit, self._filed(unit, position))
 
     def make_staging(self, n_bytes: int) -> None:
         """Host memory for segments that come from or go to disk."""
@@ -263,7 +262,8 @@ class Residency:
                 drafts.append(self._draft(unit, data, position=position))
             records = self.files.publish_together(drafts)
             for record in records:
-                self._fill(self.layout.units[record.unit], record)
+                if self.tier_of(unit := self.layout.units[record.unit]) != "disk":
+                    copy_pieces(self.files.read_checked(unit, record), self.view(unit)[0])
             self._open_versions(records)
         except BaseException as error:
             self.inconsistent_reason = f"weights from outside were being taken over ({error})"
@@ -283,11 +283,6 @@ class Residency:
                 self._ledger.place(self._segments([unit]), position)
         if on_disk or (newest is not None and newest.position > position):
             self._open_versions([self.files.publish(self._draft(unit, data, position=position))])
-
-    def _fill(self, unit: Unit, record: UnitRecord) -> None:
-        """A version -> a home in memory, in place."""
-        if self.tier_of(unit) != "disk":
-            copy_pieces(self.files.read_checked(unit, record), self.view(unit)[0])
 
     def _open_versions(self, records: Sequence[UnitRecord]) -> None:
         for record in records:
