@@ -1,4 +1,4 @@
-"""Forward-only fine-tuning of language models that do not fit the GPU, as drop-in transformers and TRL trainers."""
+"""zo2trl fine-tunes language models that do not fit the GPU, with forward passes only and trainers as TRL's."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ __all__ = [
     "ZORewardTrainer", "ZOSFTConfig", "ZOSFTTrainer", "ZOTrainer", "__version__",
 ]  # fmt: skip
 
-# Imported on first use: `zo2trl --version` should not wait for torch, and ZOTrainer should not need TRL.
-_RESIDENCY = {
+# They are imported on first use: `zo2trl --version` should not wait for torch, and ZOTrainer should not need TRL.
+_MODULE_OF = {
     "OutputObjective": "zo2trl.trainers.objective.objectives",
     "TextObjective": "zo2trl.trainers.objective.objectives",
     "ZO2TRLError": "zo2trl.errors",
@@ -35,9 +35,9 @@ _RESIDENCY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _RESIDENCY:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'zo2trl' has no attribute {name!r}")
-    return getattr(import_module(_RESIDENCY[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Every exception a user can meet, in one tree.
+"""This module defines every exception that a user can get, in one tree.
 
 ::
 
@@ -15,11 +15,11 @@
     ├── ParallelError                      the processes of one training cannot go on together
     │   ├── RankLost                       one of them has ended, or does not answer
     │   └── RanksDiverged                  they do not hold the same weights, or do not do the same
-    ├── TraversalError                         the model did something the streamed traversal cannot serve
+    ├── TraversalError                     the model did something the streamed traversal cannot serve
     ├── LossPrecisionError                 the loss came back in 16 bit, where a projected gradient drowns in rounding
     └── TrainingDiverged                   too many non-finite losses in a row
 
-``raise`` is for the world, ``assert`` is for our own bugs.
+``raise`` reports wrong input or a failing system; ``assert`` reports a bug of this package.
 """
 
 import sys
@@ -48,23 +48,23 @@ __all__ = [
 
 
 class ZO2TRLError(Exception):
-    """Root of every error this package raises on purpose."""
+    """This is the base class of every error that this package raises on purpose."""
 
 
 class ConfigError(ZO2TRLError, ValueError):
-    """An argument that cannot work."""
+    """An argument cannot work."""
 
 
 class BudgetError(ConfigError):
-    """A byte budget that cannot hold what one step needs at once."""
+    """A byte budget cannot hold what one step needs at once."""
 
 
 class UnsupportedError(ConfigError):
-    """A feature that forward-only training out of tiers cannot honour."""
+    """Forward-only training out of tiers cannot honour a feature."""
 
 
 class CheckpointError(ZO2TRLError):
-    """A model folder that cannot be read safely or at all."""
+    """A model folder cannot be read safely or at all."""
 
 
 class StoreError(ZO2TRLError):
@@ -113,7 +113,7 @@ class TrainingDiverged(ZO2TRLError):
 
 @contextmanager
 def errors_in_one_line(program: str) -> Generator[None]:
-    """For scripts: an error made for users is one line on stderr and exit code 2; any other keeps its traceback."""
+    """Print a `ZO2TRLError` of a script as one line and exit with code 2; any other error keeps its traceback."""
     try:
         yield
     except ZO2TRLError as error:

@@ -1,4 +1,4 @@
-"""Which versions of packages are installed; a bare checkout counts as "not installed"."""
+"""This module looks up the versions of installed packages; a bare checkout counts as "not installed"."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,7 +6,7 @@ __all__ = ["package_version"]
 
 
 def package_version(package: str) -> str:
-    """The installed version, or "not installed"."""
+    """Return the installed version, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""System calls on files, and what they need: paths, strict JSON, signals, waiting, tracing, sizes."""
+"""This room makes the system calls on files: fs, paths, strict JSON, signals, waiting, tracing, sizes."""

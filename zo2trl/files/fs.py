@@ -1,8 +1,8 @@
-"""Every system call that touches a file: tests swap the world by subclassing :class:`FS`.
+"""This module makes every system call that touches a file, so that tests inject faults by subclassing :class:`FS`.
 
-Does not: know what the bytes mean, retry a failed sync, buffer anything, or write through a memory map
+Does not: interpret the bytes, retry a failed sync, buffer anything, or write through a memory map
 (a full disk under a writable map is SIGBUS; under `pwrite` it is an error with a message).
-Invariant: an `OSError` never leaves this module; callers see a `StoreError` with path, numbers and cure.
+Invariant: an `OSError` never leaves this module; callers get a `StoreError` with path, numbers and cure.
 """
 
 import errno
@@ -30,36 +30,36 @@ if TYPE_CHECKING:
 __all__ = ["DIRECT_ALIGNMENT", "FS", "LOCAL"]
 
 DIRECT_ALIGNMENT = 4096
-"""Bytes: what a read past the page cache needs of file offset, memory address and length."""
+"""File offset, memory address and length of a read past the page cache must be multiples of so many bytes."""
 
-_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # the last one: no /proc
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT)  # the last one means that there is no /proc
 
 MAX_LOCK_TEXT = 512
-MAP_NORESERVE = 0x4000  # Python names it from 3.13 on; the value is Linux's, the same on x86-64 and arm64
+MAP_NORESERVE = 0x4000  # Python has the name from 3.13 on; Linux's value is the same on x86-64 and arm64
 
 # Descriptors that hold a lock in this process. The guard is held over every change and over fork(), so that no child
-# can be born between taking a lock and noting it here.
+# can be forked between taking a lock and recording it here.
 _held: set[int] = set()
 _guard = threading.RLock()
 
 
 class FS:
-    """The local file system. Stateless, so one instance serves every thread; see each method for what it promises."""
+    """An FS accesses the local file system. It has no state, so that one instance serves every thread."""
 
     lock_patience_s: float = 2.0
-    """How long `lock` waits for a holder that is being killed or about to write its name."""
+    """`lock` waits so long for a holder that is being killed or is about to write its name."""
 
-    # The two calls that may do less than asked: tests override them to be short or broken.
+    # These two calls may transfer fewer bytes than requested: tests override them to be short or broken.
     def write_some(self, fd: int, data: memoryview, offset: int) -> int:
-        """One `pwrite`: the number of bytes written, possibly fewer than asked."""
+        """Call `pwrite` once and return the number of bytes written, possibly fewer than requested."""
         return os.pwrite(fd, data, offset)
 
     def read_some(self, fd: int, into: memoryview, offset: int) -> int:
-        """One `preadv`: the number of bytes read, possibly fewer than asked, 0 at the end of the file."""
+        """Call `preadv` once and return the number of bytes read, possibly too few; 0 at the end of the file."""
         return os.preadv(fd, [into], offset)
 
     def make_dir(self, path: Path) -> None:
-        """Make `path` and its parents where missing, each one durable in its own parent before the next."""
+        """Make `path` and its missing parents, each durable in its own parent before the next is made."""
         with _naming("make the folder", path):
             missing = [folder for folder in (path, *path.parents) if not self.exists(folder)]
             for folder in reversed(missing):
@@ -69,12 +69,12 @@ class FS:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
     def list_names(self, path: Path) -> list[str]:
-        """Names in the folder `path`, sorted."""
+        """Return the names in the folder `path`, sorted."""
         with _naming("list", path):
             return sorted(entry.name for entry in path.iterdir())
 
     def exists(self, path: Path) -> bool:
-        """Whether `path` leads to something. No permission to look is an error, not an absence."""
+        """Return whether `path` exists, links followed. A missing permission is an error, not an absence."""
         with _naming("look up", path):
             try:
                 path.stat()
@@ -83,17 +83,17 @@ class FS:
             return True
 
     def rename(self, old: Path, new: Path) -> None:
-        """Move `old` over `new` atomically. Durable only after `sync_folder` of their folder."""
+        """Move `old` over `new` atomically; the move is durable only after `sync_folder` of their folder."""
         with _naming(f"rename to {new}", old):
             old.replace(new)
 
     def unlink(self, path: Path, *, missing_ok: bool = False) -> None:
-        """Remove the file's name. Its bytes live on while a descriptor or a map is open."""
+        """Remove the file's name. Its bytes remain while a descriptor or a map is open."""
         with _naming("remove", path):
             path.unlink(missing_ok=missing_ok)
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a folder with everything in it (never what a symbolic link leads to), if it is there."""
+        """Remove a file, or a folder with its content, if it exists; symbolic links are removed and not followed."""
         with _naming("remove", path):
             if not path.is_dir() or path.is_symlink():
                 return self.unlink(path, missing_ok=True)
@@ -111,7 +111,7 @@ class FS:
                 os.close(fd)
 
     def sync_tree(self, path: Path) -> None:
-        """Make every file below a folder durable, and their names."""
+        """Make every file below a folder and its name durable."""
         for entry in sorted(path.rglob("*")):
             if entry.is_dir():
                 self.sync_folder(entry)
@@ -124,14 +124,14 @@ class FS:
         self.sync_folder(path)
 
     def free_bytes(self, path: Path) -> int:
-        """Bytes an ordinary user can still write to the file system of `path` (which must exist)."""
+        """Return how many bytes an ordinary user can still write to the file system of `path`, which must exist."""
         with _naming("measure the free space of", path):
             return free_bytes(path)
 
     def create(self, path: Path, n_bytes: int) -> int:
-        """A descriptor of the new file `path` with `n_bytes` zero bytes reserved on disk.
+        """Create the file `path` with `n_bytes` zero bytes reserved on disk, and return its descriptor.
 
-        Raises `StoreError` if the name is taken, or if the bytes do not fit: then the name is free again.
+        It raises `StoreError` if the name is taken, or if the bytes do not fit: then it frees the name again.
         """
         with _naming("create", path, n_bytes=n_bytes):
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
@@ -145,19 +145,20 @@ class FS:
             return fd
 
     def open(self, path: Path, *, write: bool = False) -> int:
-        """A descriptor of the existing regular file `path`; for writing, `path` must not be a symbolic link."""
+        """Open the existing regular file `path`; for writing, `path` must not be a symbolic link."""
         flags = os.O_RDWR | os.O_NOFOLLOW if write else os.O_RDONLY
         with _naming("open", path):
             return _open_regular(path, flags)
 
     def open_direct(self, fd: int) -> int:
-        """A second descriptor of an open file, for `read_at` past the page cache; only where `can_read_direct`."""
+        """Open a file again by its descriptor, for `read_at` past the page cache; only where `can_read_direct`."""
         with _naming("open for direct reads", fd):
             return _reopen_direct(fd)
 
     def can_read_direct(self, fd: int) -> bool:
-        """Whether an open file can be read past the page cache. File systems promise it and refuse: 4096 bytes are
-        read to find out.
+        """Read 4096 bytes of an open file past the page cache and return whether that works.
+
+        Some file systems accept O_DIRECT when a file is opened and refuse the read.
         """
         with _naming("try a direct read of", fd):
             try:
@@ -179,16 +180,16 @@ class FS:
         with _naming("close", fd), _guard:
             if fd in _held:
                 _held.discard(fd)
-                os.ftruncate(fd, 0)  # The next holder must not be reported under our name.
+                os.ftruncate(fd, 0)  # The next holder must not be reported under this process's name.
             os.close(fd)
 
     def size(self, fd: int) -> int:
-        """Bytes in the file."""
+        """Return the size of the file in bytes."""
         with _naming("measure", fd):
             return os.fstat(fd).st_size
 
     def write_at(self, fd: int, data: "Buffer", offset: int) -> None:
-        """Write all of `data` (bytes or a contiguous array) at byte `offset`. Not durable before `sync_data`."""
+        """Write all of `data` (bytes or a contiguous array) at byte `offset`; only `sync_data` makes it durable."""
         view = memoryview(data)
         if not view.nbytes:
             return
@@ -207,8 +208,8 @@ class FS:
     def read_at(self, fd: int, into: "Buffer", offset: int, *, path: Path, direct: int | None = None) -> None:
         """Fill all of `into` (a writable buffer) from byte `offset`; `ShortRead` if the file ends before.
 
-        With `direct` (from `open_direct`) bytes come past the page cache, but for those that `DIRECT_ALIGNMENT` rules
-        out, as it does the rest of a read that was cut short.
+        With `direct` (from `open_direct`) bytes bypass the page cache, except those that are not aligned to
+        `DIRECT_ALIGNMENT`, among them the remainder after a short read.
         """
         view = memoryview(into)
         if not view.nbytes:
@@ -243,7 +244,7 @@ class FS:
             os.fdatasync(fd)
 
     def map(self, path: Path) -> NDArray[np.uint8]:
-        """The file's bytes [n_bytes] without reading them. Writes into the array stay private to it (copy-on-write).
+        """Map the file as an array [n_bytes] without reading it. Writes stay private to the array (copy-on-write).
 
         A read-only map would turn a stray in-place operation into a segmentation fault. The file must not shrink while
         the array lives. Nothing is reserved, so that a file larger than memory plus swap can be mapped as well.
@@ -255,7 +256,7 @@ class FS:
             self.close(fd)
 
     def map_open(self, fd: int) -> NDArray[np.uint8]:
-        """The same for an open file, whose name may be gone."""
+        """Map an open file as `map` does; its name may have been removed."""
         with _naming("map", fd):
             n_bytes = os.fstat(fd).st_size
             if not n_bytes:  # The kernel refuses empty maps.
@@ -264,7 +265,7 @@ class FS:
             return np.frombuffer(mmap.mmap(fd, n_bytes, flags=flags, prot=access), np.uint8)
 
     def read_text(self, path: Path, *, max_bytes: int) -> str:
-        """The UTF-8 text in `path`; a file of more than `max_bytes` bytes is refused before it is read."""
+        """Read the UTF-8 text in `path`, and refuse a file of more than `max_bytes` bytes before reading it."""
         fd = self.open(path)
         try:
             n_bytes = self.size(fd)
@@ -283,13 +284,13 @@ class FS:
             raise StoreCorrupt(f"{path} is not UTF-8 text at offset {error.start}. Restore it from a copy.") from error
 
     def write_text_atomically(self, path: Path, text: str) -> None:
-        """`write_atomically`, in UTF-8."""
+        """Replace the content of `path` by a text in UTF-8, as `write_atomically` does."""
         self.write_atomically(path, text.encode())
 
     def write_atomically(self, path: Path, data: bytes) -> None:
-        """Replace what is in `path`, durably: whatever happens, the file holds the old bytes or the new ones."""
+        """Replace the content of `path` durably: after a crash the file holds the old bytes or the new ones."""
         draft = path.with_name(path.name + ".tmp")
-        self.unlink(draft, missing_ok=True)  # A crash may have left one; nobody else writes here.
+        self.unlink(draft, missing_ok=True)  # A crash may have left one; no other process writes here.
         fd = self.create(draft, len(data))
         try:
             self.write_at(fd, data, 0)
@@ -300,10 +301,11 @@ class FS:
         self.sync_folder(path.parent)
 
     def lock(self, path: Path) -> int:
-        """Own `path` (made if missing) until the descriptor returned is closed or the process ends.
+        """Lock `path` (made if missing) until the descriptor returned is closed or the process ends.
 
-        The file holds "pid host" of its owner. Raises `StoreLocked` naming them if somebody else, another descriptor
-        of this process included, owns it. Forked children do not keep the lock: there the descriptor leads nowhere.
+        The file holds "pid host" of its holder. It raises `StoreLocked` naming the holder if there is one already,
+        which may be another descriptor of this process. Forked children do not keep the lock: in a child the
+        descriptor refers to /dev/null.
         """
         give_up_s = time.monotonic() + self.lock_patience_s
         while True:
@@ -311,7 +313,7 @@ class FS:
             if fd is not None:
                 return fd
             text = ""
-            with suppress(ShortRead):  # The owner may let go, which empties the file, while we read it.
+            with suppress(ShortRead):  # The holder may release it, which empties the file, during the read.
                 text = self.read_text(path, max_bytes=MAX_LOCK_TEXT)
             is_ours = text.startswith(f"{os.getpid()} ")
             if is_ours or time.monotonic() > give_up_s:
@@ -323,7 +325,7 @@ class FS:
             time.sleep(0.01)
 
     def is_locked(self, path: Path) -> bool:
-        """Whether somebody owns `path` (see `lock`). What the file says is no proof: an owner may have been killed."""
+        """Return whether `path` is locked (see `lock`). Its text is no proof: a killed holder leaves it behind."""
         fd = self.open(path)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -335,7 +337,7 @@ class FS:
 
 
 def _open_regular(path: Path, flags: int) -> int:
-    # O_NONBLOCK: opening a pipe that somebody put in a file's place must fail, not wait for a writer.
+    # O_NONBLOCK: opening a pipe that was put in a file's place must fail, not wait for a writer.
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd
@@ -344,7 +346,7 @@ def _open_regular(path: Path, flags: int) -> int:
 
 
 def _reopen_direct(fd: int) -> int:
-    # By the descriptor: the file's name may be gone, or another file's by now.
+    # It is opened by its descriptor, because its name may have been removed or belong to another file by now.
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
 
 
@@ -354,7 +356,7 @@ def _is_aligned(view: memoryview, offset: int) -> bool:
 
 
 def _try_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock and says so in the file; None if somebody else holds it."""
+    """Lock the file, write the holder into it and return the descriptor; None if it is locked already."""
     with _naming("lock", path), _guard:
         fd = _open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
@@ -371,18 +373,18 @@ def _try_lock(path: Path) -> int | None:
 
 
 def _lock_holder(text: str) -> str:
-    """Who holds a lock, in words, from what the lock file says (nothing, if its owner has just let go or died)."""
+    """Name the holder from the text of a lock file, which is empty if the holder has just released it or died."""
     pid, _, host = text.partition(" ")
     return f"process {pid} on {host}" if pid.isdecimal() and host else "a process that did not leave its name"
 
 
 def _drop_locks_in_child() -> None:
-    """A forked worker shares the parent's locks and would keep them after its death: let go of them at birth.
+    """Release the parent's locks in a forked child, which shares them and would keep them after the parent's death.
 
-    The descriptor numbers stay taken, so that a `close` of one in the child cannot hit somebody else's file.
+    The descriptor numbers stay taken, so that a `close` of one in the child cannot close another file.
     """
     for fd in _held:
-        os.close(fd)  # Closing first: a process out of descriptors can then still open one.
+        os.close(fd)  # Closing comes first, so that a process out of descriptors can still open one.
     if _held:
         nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for fd in _held - {nowhere}:

@@ -1,16 +1,16 @@
-"""Holding signals back while bytes and the position they have absorbed change together.
+"""This module defers signals while weights and the position they have absorbed change together.
 
-Does not: decide what a signal does (trainers/signals.py, for the time of a training), or hold back any but SIGINT and
-SIGTERM, and those only if Python code handles them.
-Invariant: a handler acts before or after a held section, never inside it, and every handler is put back, whatever it
-raises and wherever it strikes. (Python runs handlers after calls, at the start of functions and in loops, so a section
-counts before handlers change.)
+Does not: decide what a signal does (trainers/signals.py decides it for the time of a training), or defer any but
+SIGINT and SIGTERM, and those only if Python code handles them.
+Invariant: a handler runs before or after a held section, never inside it, and every handler is restored, whatever it
+raises and wherever it runs. (Python runs handlers after calls, at the start of functions and in loops, so the depth
+is incremented before handlers change.)
 """
 
 import signal
 import threading
 
-# The functions in `signal` wrap these with conversions to enums: 40 times the time, and moments to strike in between.
+# The functions in `signal` wrap these with conversions to enums, which take 40 times as long and let handlers run.
 from _signal import getsignal  # type: ignore[import-not-found]
 from _signal import signal as set_handler  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterator
@@ -27,27 +27,27 @@ Act = Callable[[int, FrameType | None], Any]
 
 HELD = (int(signal.SIGINT), int(signal.SIGTERM))
 
-_depth = 0  # of held sections; only the main thread has any
+_depth = 0  # number of held sections that are open; only the main thread has any
 _caught: list[tuple[Act, int, FrameType | None]] = []
 
 
 class Holding:
-    """A signal handler that acts at once, or at the end of the held section that it strikes."""
+    """A Holding is a signal handler that acts at once, or at the end of the held section in which a signal arrives."""
 
     def __init__(self, act: Act) -> None:
         self.act = act
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal `number` has come."""
+        """Handle the signal `number` now, or record it for the end of the held section."""
         if not _depth:
             self.act(number, frame)
-        elif all(number != other for _, other, _ in _caught):  # a section's second Ctrl-C says what the first said
+        elif all(number != other for _, other, _ in _caught):  # a second Ctrl-C in a section adds nothing to the first
             _caught.append((self.act, number, frame))
 
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Inside, a signal waits; it takes effect at the end. Only the main thread gets signals: no-op in others."""
+    """Defer signals to the end of the block. In other threads this does nothing: only the main one gets signals."""
     global _depth
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -58,7 +58,7 @@ def interrupts_held() -> Iterator[None]:
         if _depth == 1:
             for number in HELD:
                 handler = getsignal(number)
-                if callable(handler) and not isinstance(handler, Holding):  # during a training they hold by themselves
+                if callable(handler) and not isinstance(handler, Holding):  # a training's own handlers defer already
                     before[number] = handler
                     set_handler(number, Holding(handler))
         yield
@@ -66,7 +66,7 @@ def interrupts_held() -> Iterator[None]:
         try:
             for number in before:
                 set_handler(number, before[number])
-        except BaseException:  # what was put back has struck: put back all the same what was not
+        except BaseException:  # a restored handler raised: restore the others all the same
             for number in before:
                 set_handler(number, before[number])
             raise
@@ -77,13 +77,13 @@ def interrupts_held() -> Iterator[None]:
 
 
 def let_interrupts_in() -> None:
-    """A moment inside a long held section at which a signal may take effect, unless a section round it waits, too."""
+    """Run the deferred handlers now, inside a long held section, unless another section encloses it."""
     if _caught and _depth == 1 and threading.current_thread() is threading.main_thread():
         _act_on_caught()
 
 
 def uninterrupted(function: Callable[P, R]) -> Callable[P, R]:
-    """The function as one held section."""
+    """Wrap a function so that each call is one held section."""
 
     @wraps(function)
     def held(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -91,7 +91,7 @@ def uninterrupted(function: Callable[P, R]) -> Callable[P, R]:
         if not _depth or threading.current_thread() is not threading.main_thread():
             with interrupts_held():
                 return function(*args, **kwargs)
-        _depth += 1  # inside another section, whose end is where signals take effect: a visit has many of these
+        _depth += 1  # the enclosing section runs the handlers at its end: a visit has many of these
         try:
             return function(*args, **kwargs)
         finally:

@@ -1,12 +1,12 @@
-"""Giving memory back that the C library keeps: what passes freed, and nobody holds.
+"""This module returns memory to the system that the C library keeps after passes have freed it.
 
-Does not: free anything that is used, or know who used it.
+Does not: free memory that is in use, or track who used it.
 Invariant: where the C library has no such call, nothing happens.
 
 Tensors on a CPU come from posix_memalign, and glibc before 2.38 does not find a hole that it once freed as soon as a
-few bytes at its edge belong to somebody else: it takes new memory for the same tensor again (sourceware bug 14581).
-Temporaries under 32 MiB, as a head's logits are, so made a process of 170 MB hold another 480 MB after twenty steps.
-The address space stays lost; the pages of the holes need not.
+few bytes at its edge belong to another allocation: it takes new memory for the same tensor again (sourceware bug
+14581). Temporaries under 32 MiB, such as a head's logits, thus made a process of 170 MB hold another 480 MB after
+twenty steps. Trimming returns the pages of the holes; their address space stays lost.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ __all__ = ["return_free_pages"]
 
 
 def return_free_pages() -> None:
-    """Hand the pages of all free memory of this process to the system; takes milliseconds."""
+    """Return the pages of all freed memory of this process to the system, which takes milliseconds."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
 

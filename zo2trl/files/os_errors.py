@@ -1,6 +1,6 @@
-"""What the operating system says no with, in words: an `OSError` becomes a `StoreError` with path, numbers and cure.
+"""This module turns an `OSError` into a `StoreError` whose message has the path, numbers and a cure.
 
-Does not: decide what is an error, or retry.
+Does not: decide what is an error, or retry a call.
 Invariant: a message names a path, also when only a descriptor is known.
 """
 
@@ -31,7 +31,7 @@ _CURES = {
 
 @contextmanager
 def naming(action: str, where: Path | int, *, n_bytes: int = 0) -> Generator[None, None, None]:
-    """Turn an `OSError` into a `StoreError` with path and cure; with `n_bytes` wanted and free if the disk is full."""
+    """Turn an `OSError` into a `StoreError` with path and cure; `n_bytes` is the size that a full disk lacks."""
     try:
         yield
     except OSError as error:
@@ -45,13 +45,13 @@ def naming(action: str, where: Path | int, *, n_bytes: int = 0) -> Generator[Non
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes an ordinary user can still write to the file system of `path`."""
+    """Return how many bytes an ordinary user can still write to the file system of `path`."""
     room = os.statvfs(path)
     return room.f_bavail * room.f_frsize
 
 
 def _path_of(fd: int) -> Path:
-    """For messages only: the path behind a descriptor, without keeping a table that could go stale."""
+    """Look up the path of a descriptor for a message, without keeping a table that could go stale."""
     try:
         return Path(f"/proc/self/fd/{fd}").readlink()
     except OSError:

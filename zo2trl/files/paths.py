@@ -1,7 +1,7 @@
-"""Names that come from data: where they may lead.
+"""This module checks file names that were read from data.
 
 Does not: open anything.
-Invariant: what is returned lies below the folder asked for, links followed, and is no pipe or device.
+Invariant: a returned path lies below the given folder, links followed, and is no pipe or device.
 """
 
 import os
@@ -15,7 +15,7 @@ __all__ = ["inside"]
 
 
 def inside(root: Path, name: str, *, error: type[ZO2TRLError] = StoreError, links_into: tuple[Path, ...] = ()) -> Path:
-    """`root / name` for a name read from data; raises `error` unless that stays below `root`, links followed.
+    """Return `root / name` for a name read from data; raise `error` unless that stays below `root`, links followed.
 
     `links_into` names further folders where symbolic links may lead (a hub cache keeps its blobs beside the
     snapshots). The name need not exist; if it does it must be a file or a folder, not a pipe or a device.
@@ -34,15 +34,15 @@ def inside(root: Path, name: str, *, error: type[ZO2TRLError] = StoreError, link
         raise refuse("it is not valid Unicode") from None
     if not name or "\0" in name or "\\" in name:
         raise refuse("it is empty, or has a NUL or a backslash")
-    # Some file systems fold look-alike characters: what would then read as ".." or "/" is refused as such.
+    # Some file systems fold look-alike characters: a name that folds to ".." or "/" is refused as well.
     for spelling in (name, unicodedata.normalize("NFKC", name)):
         parts = spelling.split("/")
         if spelling.startswith("/") or ".." in parts:
             raise refuse("it is absolute, or climbs out of the folder")
     try:
         real = Path(os.path.realpath(root / name))
-        residency = [Path(os.path.realpath(folder)) for folder in (root, *links_into)]
-        if real == residency[0] or not any(real.is_relative_to(home) for home in residency):
+        allowed = [Path(os.path.realpath(folder)) for folder in (root, *links_into)]
+        if real == allowed[0] or not any(real.is_relative_to(folder) for folder in allowed):
             raise refuse(f"it leads to {real}")
         mode = real.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -1,6 +1,6 @@
-"""Sizes in bytes as users write them, and as messages show them.
+"""This module parses sizes in bytes as users write them, and formats them for messages.
 
-Does not: know what a size is for.
+Does not: decide what a size is used for.
 """
 
 import re
@@ -15,10 +15,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B|([KMGT]?))\s*", re.I
 
 
 def parse_size(value: object, *, argument: str) -> int | Literal["auto", "min"]:
-    """Bytes of "8GB" (8e9), "8GiB" (8 x 2^30), "512MB", or a plain count; "auto" and "min" are passed through.
+    """Parse "8GB" (8e9), "8GiB" (8 x 2^30), "512MB" or a plain count as bytes; return "auto" and "min" unchanged.
 
     Raises:
-        ConfigError: anything else, or a negative count; names the argument.
+        ConfigError: the value is anything else, or a negative count; the message names the argument.
     """
     if isinstance(value, str):
         if value.lower() in ("auto", "min"):
@@ -37,7 +37,7 @@ def parse_size(value: object, *, argument: str) -> int | Literal["auto", "min"]:
 
 
 def format_bytes(n_bytes: float) -> str:
-    """A short decimal size for people: 1234567 -> "1.23 MB"."""
+    """Format a size in short decimal units: 1234567 -> "1.23 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:
             return f"{n_bytes:.3g} {unit}"

@@ -1,7 +1,7 @@
-"""JSON that somebody else may have written: read strictly, so that nothing in it is believed by accident.
+"""This module reads JSON strictly, because another program may have written it, or damaged it.
 
-Does not: know what a document means; `Fields` only says what type a field has.
-Invariant: what is refused is refused with file and field or offset, before memory in proportion to a claim is used.
+Does not: interpret a document; `Fields` only checks the type of a field.
+Invariant: a refusal names file and field or offset, and comes before a number in the document sizes an allocation.
 """
 
 import json
@@ -21,14 +21,14 @@ __all__ = ["JSON", "Fields", "parse_json", "read_json", "write_json"]
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 MAX_DEPTH = 100
-MAX_SHOWN = 400  # characters of what a message says, which may quote a value
+MAX_SHOWN = 400  # characters of a message, which may quote a value
 _CURE = "Restore the file from a copy."
 _PIECE_BYTES = 1 << 17
 _STEPS = np.zeros(256, np.int64)
 _STEPS[[ord("["), ord("{")]] = 1
 _STEPS[[ord("]"), ord("}")]] = -1
 
-# Characters beyond U+FFFF are spelled as two escapes; one of the two alone is no text that could be written anywhere.
+# Characters beyond U+FFFF are spelled as two escapes; one of the two alone cannot be encoded in UTF-8.
 _PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -38,11 +38,11 @@ class _Refused(ValueError):
 
 
 def read_json(path: Path, *, max_bytes: int, fs: FS = LOCAL, error: type[ZO2TRLError] = StoreCorrupt) -> JSON:
-    """The document in `path`.
+    """Read the document in `path`.
 
     Raises:
-        error: more than `max_bytes` bytes, not UTF-8, not JSON, NaN or infinite numbers, half a surrogate pair, a key
-            twice in one object, nesting deeper than 100.
+        error: the file has more than `max_bytes` bytes, is not UTF-8 or not JSON, or has NaN or infinite numbers, half
+            a surrogate pair, a key twice in one object, or nesting deeper than 100.
         StoreError: the file cannot be read.
     """
     fd = fs.open(path)
@@ -62,7 +62,7 @@ def read_json(path: Path, *, max_bytes: int, fs: FS = LOCAL, error: type[ZO2TRLE
 
 
 def parse_json(text: str, *, where: str, error: type[ZO2TRLError] = StoreCorrupt) -> JSON:
-    """The document in `text`; see `read_json`. `where` says in messages where it comes from."""
+    """Parse the document in `text` as `read_json` does; `where` names its source in messages."""
     try:
         _refuse_depth(text)
         _refuse_halves(text)
@@ -72,12 +72,12 @@ def parse_json(text: str, *, where: str, error: type[ZO2TRLError] = StoreCorrupt
 
 
 def write_json(path: Path, value: Any, *, fs: FS = LOCAL) -> None:
-    """Replace the document in `path`, durably and at once."""
+    """Replace the document in `path`, durably and atomically."""
     fs.write_text_atomically(path, json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n")
 
 
 class Fields:
-    """The fields of one object, by the type they must have. `where` is the place in the document, for messages."""
+    """Fields reads the fields of one object by the type they must have; `where` is its place, for messages."""
 
     def __init__(self, value: object, where: str, *, error: type[ZO2TRLError] = StoreCorrupt) -> None:
         self.where, self._error = where, error
@@ -86,28 +86,28 @@ class Fields:
         self.values: dict[str, Any] = value
 
     def refuse(self, name: str, why: str) -> ZO2TRLError:
-        """The error for a field, to be raised by the caller."""
+        """Make the error about a field, which the caller raises."""
         shown = why if len(why) <= MAX_SHOWN else f"{why[:MAX_SHOWN]} ..."
         return self._error(f"{self.where}: field `{name}`: {shown}. {_CURE}")
 
     def text(self, name: str, *, optional: bool = False) -> Any:
-        """A string; None if it is optional and missing or null."""
+        """Return a string; None if it is optional and missing or null."""
         return self._get(name, (str,), optional)
 
     def flag(self, name: str, *, optional: bool = False) -> Any:
-        """True or false; None if it is optional and missing or null."""
+        """Return true or false; None if it is optional and missing or null."""
         return self._get(name, (bool,), optional)
 
     def list(self, name: str, *, optional: bool = False) -> Any:
-        """An array; an empty one if it is optional and missing or null."""
+        """Return an array; an empty one if it is optional and missing or null."""
         return self._get(name, (list,), optional) or []
 
     def table(self, name: str, *, optional: bool = False) -> Any:
-        """An object; an empty one if it is optional and missing or null."""
+        """Return an object; an empty one if it is optional and missing or null."""
         return self._get(name, (dict,), optional) or {}
 
     def integer(self, name: str, *, least: int | None = None, most: int | None = None) -> int:
-        """A whole number within bounds."""
+        """Return a whole number within bounds."""
         value: int = self._get(name, (int,), False)
         if (least is not None and value < least) or (most is not None and value > most):
             bounds = [f"at least {least}"] if least is not None else []
@@ -116,7 +116,7 @@ class Fields:
         return value
 
     def number(self, name: str) -> float:
-        """A finite number."""
+        """Return a finite number."""
         value = self._get(name, (int, float), False)
         try:
             return float(value)
@@ -150,12 +150,12 @@ def _kind(value: object) -> str:
 
 
 def _without_escaped(text: str) -> str:
-    """The text with what a backslash takes the meaning from blanked out; offsets stay."""
+    """Blank out escaped backslashes and quotes; offsets stay."""
     return text.replace("\\\\", "  ").replace('\\"', "  ")
 
 
 def _refuse_depth(text: str) -> None:
-    """The parser recurses, so depth is counted before: brackets outside of strings."""
+    """Refuse deep nesting before the recursive parser runs, by counting brackets outside of strings."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
     data = _without_escaped(text).encode(errors="replace")

@@ -1,8 +1,8 @@
-"""Spans: which thread did what from when to when, told to whoever listens.
+"""This module measures spans, which are the times of traced calls in their threads, and passes them to listeners.
 
-Does not: keep anything, or know of GPUs, whose own record of kernels and copies has other sources (engine/trace.py).
+Does not: store spans, or trace GPUs, whose kernels and copies are recorded by engine/trace.py.
 
-Nobody listens in an ordinary run; a span then costs one comparison.
+An ordinary run has no listener; a traced call then costs one comparison.
 """
 
 import threading
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 
 class Span(NamedTuple):
-    """One thing that one thread did."""
+    """A Span is one traced call in one thread."""
 
     kind: Kind
     name: str
     start_ns: int
-    """Nanoseconds since 1970, as `time.time_ns` gives them: the clock of torch's profiler."""
+    """It is in nanoseconds since 1970, as `time.time_ns` returns them, which is the clock of torch's profiler."""
     end_ns: int
     thread_id: int
-    """The operating system's."""
+    """This is the operating system's number of the thread."""
     pthread_id: int
-    """Of the same thread. CUDA knows threads by the lower half of it."""
+    """This is the pthread number of the same thread; CUDA identifies threads by its lower half."""
 
 
 _listeners: list[Callable[[Span], None]] = []
@@ -39,7 +39,7 @@ _listeners: list[Callable[[Span], None]] = []
 
 @contextmanager
 def listening(listener: Callable[[Span], None]) -> Iterator[None]:
-    """Inside, every span that ends is told to `listener`, in the thread that it was in."""
+    """Call `listener` with every span that ends inside the block, in the thread of the span."""
     _listeners.append(listener)
     try:
         yield
@@ -48,7 +48,7 @@ def listening(listener: Callable[[Span], None]) -> Iterator[None]:
 
 
 def traced(kind: Kind, name: Callable[..., Any]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make every call of a function a span. `name` gets the call's arguments and says what the span is about."""
+    """Decorate a function so that every call is a span; `name` makes the span's name from the call's arguments."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @wraps(function)

@@ -1,6 +1,6 @@
-"""Waiting for work in another thread without being silent about it: a drive may stop answering.
+"""This module waits for work in another thread and logs long waits, because a drive may stop answering.
 
-Does not: give up. Only the user can know whether the drive will come back.
+Does not: give up, because only the user can find out whether the drive will respond again.
 """
 
 import logging
@@ -12,20 +12,20 @@ from typing import TypeVar
 __all__ = ["wait_for", "wait_for_all"]
 
 STALL_S = 30.0
-"""Seconds of waiting after which the user is told, again and again."""
+"""A warning is logged every time so many seconds of waiting have passed."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
 def wait_for(job: Future[T], *, what: str) -> T:
-    """The job's result, or its exception. `what` says what is awaited, for people."""
+    """Wait for a job and return its result, or raise its exception; `what` names the job in warnings."""
     wait_for_all([job], what=what)
     return job.result()
 
 
 def wait_for_all(jobs: Iterable[Future], *, what: str) -> None:
-    """Until all jobs have ended, well or not."""
+    """Wait until all jobs have ended, successfully or not."""
     started_s, pending = time.monotonic(), set(jobs)
     while pending:
         _, pending = wait(pending, timeout=STALL_S)
