@@ -10,7 +10,7 @@ STAMP := .venv/ready
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-nightly lint bench
+.PHONY: help venv demo test test-nightly lint bench docs docs-pages
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 22
@@ -41,3 +41,10 @@ lint: $(STAMP) ## Style and types
 bench: $(STAMP) ## Measure what the README claims, one script after the other
 	@set -e; for module in $(subst /,.,$(basename $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))); do \
 		echo "== $$module"; $(BIN)/python -m $$module </dev/null; done
+
+docs: $(STAMP) ## Build the site in site/; its tools are installed into .venv on first use
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(PIP) --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+docs-pages: $(STAMP) ## Write the pages of docs/ that are made from the code
+	$(BIN)/python -m docs.generate

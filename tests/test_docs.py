@@ -17,12 +17,16 @@ from tests.support.trainings import small_model
 from zo2trl import ZOConfig, ZODPOConfig, ZORewardConfig, ZOSFTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 SHORTER = {"max_steps": 2, "eval_steps": 1, "save_steps": 1, "logging_steps": 1}
 MODELS = ("my-model", "path/or/hub-id")
 DATA = {"train.jsonl": 8, "data.jsonl": 8, "heldout.jsonl": 4}
 CONFIGS = (ZOConfig, ZOSFTConfig, ZODPOConfig, ZORewardConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks(page: Path, *languages: str) -> Iterator[tuple[int, str]]:
@@ -56,7 +60,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python", "diff"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python", "diff"))], ids=name_of)
 def test_the_programs_of_a_page_run_one_after_the_other(page: Path, workplace: Path) -> None:
     names: dict[str, Any] = {"__name__": "page"}
     for line, block in blocks(page, "python", "diff"):
@@ -67,24 +71,36 @@ def test_the_programs_of_a_page_run_one_after_the_other(page: Path, workplace: P
             value.close()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "yaml"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "yaml"))], ids=name_of)
 def test_the_configurations_of_a_page_name_arguments_that_there_are(page: Path) -> None:
     known = {name for config in CONFIGS for name in config.__dataclass_fields__}
     for _, block in blocks(page, "yaml"):
         assert set(yaml.safe_load(block)) <= known
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_block_is_in_a_language_that_nobody_tries(page: Path) -> None:
-    assert {match[1] for match in BLOCK.finditer(page.read_text())} <= {"", "python", "diff", "yaml", "bash"}
+    tried = {"", "python", "diff", "yaml", "bash", "mermaid"}
+    assert {match[1] for match in BLOCK.finditer(page.read_text())} <= tried
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", BLOCK.sub("", page.read_text())):
         other = (page.parent / target).resolve() if target else page
         assert other.exists(), target
+        if page.parent != ROOT:
+            assert other.is_relative_to(ROOT / "docs"), f"{target} is not part of the site"
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", other.read_text(), flags=re.MULTILINE)
-            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-            assert anchor in anchors, f"{target}#{anchor}"
+            assert anchor in anchors(other), f"{target}#{anchor}"
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = re.findall(r"^ +- .*?([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES[1:])

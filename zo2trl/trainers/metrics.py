@@ -10,9 +10,25 @@ import torch
 
 from zo2trl.zo.estimators import Estimate
 
-__all__ = ["StepMetrics", "count_tokens"]
+__all__ = ["LOG_KEYS", "StepMetrics", "count_tokens"]
 
 _LINKS = ("h2d", "d2h", "disk_read", "disk_written")
+
+LOG_KEYS = {
+    "loss": "Mean of the losses at the plus and the minus probes.",
+    "grad_norm": "Absolute projected gradient of the last step.",
+    "zo/projected_grad": "Projected gradient: the slope of the loss along the direction, averaged over directions.",
+    "zo/loss_plus": "Loss at the plus probes.",
+    "zo/loss_minus": "Loss at the minus probes.",
+    "zo/tokens_per_second": "Tokens that are not padding, divided by the time of the steps.",
+    "zo/bytes_h2d": "Bytes that a step copies from host memory to the device.",
+    "zo/bytes_d2h": "Bytes that a step copies from the device to host memory.",
+    "zo/bytes_disk_read": "Bytes that a step reads from the disk.",
+    "zo/bytes_disk_written": "Bytes that a step writes to the disk.",
+    "objective/<name>": "The objective, where one replaces the loss: mean of its values at the plus and minus probes.",
+    "eval_objective/<name>": "The objective on the evaluation data.",
+}
+"""Every key that a ZO trainer adds to the logs or gives another meaning; docs/reference/log_keys.md is made of it."""
 
 
 class StepMetrics:

@@ -1,12 +1,11 @@
 """docs/support.md as code: what becomes of every argument of the upstream configs, one row per field.
 
-Run `python -m zo2trl.trainers.arguments.support_table > docs/support.md` after a change of fields.py or of versions.
+Run `make docs-pages` after a change of fields.py or of versions.
 
 Does not: classify anything (fields.py).
 Invariant: a field is listed once, under the first config that has it.
 """
 
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -25,7 +24,7 @@ CONFIGS = (TrainingArguments, SFTConfig, DPOConfig, RewardConfig)
 
 _HEAD = """# What becomes of upstream's arguments
 
-Generated from the dataclasses of {versions} by `python -m zo2trl.trainers.arguments.support_table`; do not edit.
+Generated from the dataclasses of {versions} by `make docs-pages`; do not edit.
 `tests/trainers/arguments/test_support.py` fails when a field is missing here, when a refused one is taken, when one
 without effect is not warned about, and when no test uses a supported one.
 
@@ -34,8 +33,8 @@ without effect is not warned about, and when no test uses a supported one.
 - **refused**: a value other than the default raises `UnsupportedError`, before anything is loaded or written.
 
 Beside these: an optimizer or a scheduler handed to the trainer (`optimizers=`, `optimizer_cls_and_kwargs=`) is
-refused, and so is a launch for DeepSpeed or FSDP. zo2trl's own arguments are in the
-[README](../README.md#arguments-and-log-keys).
+refused, and so is a launch for DeepSpeed or FSDP. zo2trl's own arguments have
+[a page of their own](reference/arguments.md).
 """
 
 
@@ -58,7 +57,7 @@ def classify(name: str) -> tuple[str, str]:
 
 def support_page() -> str:
     """The whole page, as Markdown."""
-    return _HEAD.format(versions=versions()) + "\n".join(_sections())
+    return _HEAD.format(versions=versions()) + "\n".join(_sections()) + "\n"
 
 
 def _sections() -> Iterator[str]:
@@ -75,7 +74,3 @@ def _sections() -> Iterator[str]:
 def _row(name: str) -> str:
     status, note = classify(name)
     return f"| `{name}` | {status} | {note} |"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(support_page() + "\n")
