@@ -5,7 +5,9 @@ Environment variables are set before anything imports a Hugging Face library, be
 
 import gc
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What was measured on this machine (`~/.cache/zo2trl/rates.json`) decides where units live: no test may depend on it.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="zo2trl-tests-")
 
 import pytest
 import torch
@@ -32,6 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Workers that each start a thread per core fight over the cores and run slower than one thread each.
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,11 +13,13 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.models import SPECIAL, VOCABULARY
+from tests.support.rates import TWO_CORES, know
 from tests.support.tokenizer import tiny_tokenizer
 from zo2trl import ZOSFTConfig, ZOSFTTrainer, cli
 from zo2trl.cli import plan as plan_command
 from zo2trl.forecast import machine_bench, traversal_bench
-from zo2trl.planning import rates
+from zo2trl.planning import known_rates
+from zo2trl.planning.rates import MachineRates, TraversalCost
 
 SHAPE = {"per_device_train_batch_size": 2, "max_length": 16, "gradient_accumulation_steps": 2}
 LOGGED = {
@@ -33,8 +35,11 @@ BUDGETS = {
 
 
 @pytest.fixture(autouse=True)
-def nothing_measured_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def a_measured_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its rates are in a cache of the test's own; the file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    know(tmp_path)
+    return known_rates.cache_file()
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +139,7 @@ def test_a_frozen_base_in_another_dtype_is_copied_once(
 def test_advice_of_another_dtype_says_what_it_writes_first(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = replace(rates.typical_rates("cpu"), disk_read_bytes=1e5)
-    monkeypatch.setattr(rates, "typical_rates", lambda device_type: slow)
+    know(tmp_path, disk_read_bytes=1e5)
 
     def neighbours(planned: Any, args: Any, model_args: Any) -> list[tuple[str, Any, Any]]:
         return [("--dtype bfloat16", args, replace(model_args, dtype="bfloat16"))]
@@ -157,8 +161,7 @@ def test_advice_of_another_dtype_says_what_it_writes_first(
 def test_autocast_is_planned_with(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = replace(rates.typical_rates("cpu"), flops={"float32": 1e9, "bfloat16": 1e12})
-    monkeypatch.setattr(rates, "typical_rates", lambda device_type: fast)
+    know(tmp_path, flops={"float32": 1e9, "bfloat16": 1e12})
     whole = planned(capsys, model, tmp_path, **SHAPE)
     cast = planned(capsys, model, tmp_path, **SHAPE, bf16="True")
     assert cast["seconds"]["forwards"] < 0.6 * whole["seconds"]["forwards"]
@@ -190,14 +193,13 @@ def test_the_advice_is_another_plan_that_comes_true(
 
 
 def test_more_tokens_take_longer_and_a_slower_drive_binds(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {**SHAPE, "device_memory": "min", "cpu_memory": "0"}
+    options = {**SHAPE, "device_memory": "min", "cpu_memory": "0", "write_back_every": 1}
     fast = planned(capsys, model, tmp_path, **options)
     more = planned(capsys, model, tmp_path, **{**options, "max_length": 1024})
     assert more["seconds"]["forwards"] > 2 * fast["seconds"]["forwards"]
-    slow = replace(rates.typical_rates("cpu"), disk_read_bytes=1e6)
-    monkeypatch.setattr(rates, "typical_rates", lambda device_type: slow)
+    know(tmp_path, disk_read_bytes=1e6)
     slowed = planned(capsys, model, tmp_path, **options)
     assert (slowed["bound"], slowed["hiding_tokens_per_step"] > 64) == ("disk", True)
     assert slowed["seconds_per_step"] > fast["seconds_per_step"]
@@ -205,17 +207,21 @@ def test_more_tokens_take_longer_and_a_slower_drive_binds(
 
 
 def test_the_machine_is_measured_once_and_again_when_asked(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    a_measured_machine: Path,
 ) -> None:
+    a_measured_machine.unlink()
     measured: list[Path] = []
 
-    def measure(device: torch.device, folder: Path, *, traversal: rates.TraversalCost) -> rates.MachineRates:
+    def measure(device: torch.device, folder: Path, *, traversal: TraversalCost) -> MachineRates:
         measured.append(folder)
-        return replace(rates.typical_rates("cpu"), traversal=traversal, measured_at=1.7e9)
+        return replace(TWO_CORES, traversal=traversal)
 
     monkeypatch.setattr(machine_bench, "measure_rates", measure)
-    typical = rates.typical_rates("cpu").traversal
-    monkeypatch.setattr(traversal_bench, "measure_traversals", lambda device, folder: typical)
+    monkeypatch.setattr(traversal_bench, "measure_traversals", lambda device, folder: TWO_CORES.traversal)
     command = ["plan", str(model), "--store_dir", str(tmp_path), "--use_cpu", "--max_length", "16"]
     for more, n_measured in ([], 1), ([], 1), (["--probe", "again"], 2), (["--probe", "never"], 2):
         assert cli.main([*command, *more]) == 0
@@ -294,18 +300,43 @@ def test_the_model_may_come_after_the_flag_for_json(
     assert json.loads(capsys.readouterr().out)["model"] == str(model)
 
 
-def test_a_trainers_first_word_is_where_weights_live_and_what_a_step_takes(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def first_word(model: Path, folder: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[str, Any]:
+    """The start-up line of one step of a training, and its store's units."""
+    length = options["max_length"]
     trainer = ZOSFTTrainer(
         model=str(model),
         args=ZOSFTConfig(
-            output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no",
-            device_memory="min", cpu_memory="0", disable_tqdm=False,
+            output_dir=str(folder), store_dir=str(folder / "store"), max_steps=1, use_cpu=True, report_to="none",
+            save_strategy="no", disable_tqdm=False, bf16=False, **options,
         ),
-        train_dataset=Dataset.from_dict({"input_ids": [[10, 11, 12, 13]] * 8}),
+        train_dataset=Dataset.from_dict({"input_ids": torch.randint(10, VOCABULARY, (8, length)).tolist()}),
     )  # fmt: skip
     trainer.train()
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "zo2trl: gpu:" in line]
-    assert "disk: " in line and " s a step, bound by " in line
+    units = trainer.engine.store.describe()
     trainer.close()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "zo2trl: gpu:" in line]
+    return line, units
+
+
+@pytest.mark.parametrize("budgets", BUDGETS.values(), ids=list(BUDGETS))
+def test_a_trainers_first_word_is_what_the_plan_says(
+    budgets: dict[str, str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(capsys, model, tmp_path / "store", **SHAPE, **budgets, bf16="False")
+    line, units = first_word(model, tmp_path, capsys, **SHAPE, **budgets)
+    assert f"about {plan['seconds_per_step']:.2g} s a step, bound by {plan['bound']}" in line
+    assert [(u["name"], u["tier"], u["bytes"]) for u in plan["units"]] == units
+
+
+def test_on_a_machine_that_was_not_measured_plan_and_first_word_guess_no_time(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], a_measured_machine: Path
+) -> None:
+    a_measured_machine.unlink()
+    budgets = {"device_memory": "min", "cpu_memory": "0"}
+    plan = planned(capsys, model, tmp_path / "store", **SHAPE, **budgets)
+    assert plan["seconds_per_step"] is plan["seconds"] is plan["machine"] is plan["advice"] is None
+    line, units = first_word(model, tmp_path, capsys, **SHAPE, **budgets)
+    assert "the step time is unknown until `zo2trl plan` has measured this machine" in line
+    assert [(u["name"], u["tier"], u["bytes"]) for u in plan["units"]] == units
+    assert cli.main(["plan", str(model), "--store_dir", str(tmp_path), "--use_cpu", "--probe", "never"]) == 0
+    assert "The step time is unknown" in capsys.readouterr().out

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from zo2trl.forecast.workload import Workload, count_pass, fake_tensors, make_fake
+from zo2trl.forecast.workload import count_pass, fake_tensors, make_fake
+from zo2trl.planning.workload import Workload
 
 N_TOKENS, WIDTH = 64, 32
 

@@ -5,16 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.rates import H200, TWO_CORES
 from zo2trl.errors import StoreError
 from zo2trl.forecast.machine_bench import measure_rates, scratch_on_drive
-from zo2trl.planning.rates import cache_file, identity, load_rates, save_rates, typical_rates
+from zo2trl.planning.known_rates import cache_file, identity, load_rates, rates_for, save_rates
+from zo2trl.planning.presets import PRESETS, preset_for
 
 CPU = torch.device("cpu")
 
 
 def test_rates_are_found_again_for_the_same_machine_and_no_other(tmp_path: Path) -> None:
     file, key = tmp_path / "cache" / "rates.json", identity(CPU, tmp_path)
-    known, other = replace(typical_rates("cpu"), measured_at=5.0), replace(typical_rates("cuda"), disk_cpu_s=1.0)
+    known, other = replace(TWO_CORES, measured_at=5.0), replace(H200, disk_cpu_s=1.0)
     assert load_rates(key, file=file) is None
     save_rates(key, known, file=file)
     save_rates("another machine", other, file=file)
@@ -29,8 +31,8 @@ def test_a_cache_that_makes_no_sense_is_measured_again(tmp_path: Path, text: str
     file, key = tmp_path / "rates.json", identity(CPU, tmp_path)
     file.write_text(text.replace("KEY", key))
     assert load_rates(key, file=file) is None
-    save_rates(key, typical_rates("cpu"), file=file)
-    assert load_rates(key, file=file) == typical_rates("cpu")
+    save_rates(key, TWO_CORES, file=file)
+    assert load_rates(key, file=file) == TWO_CORES
 
 
 @pytest.mark.parametrize(
@@ -43,8 +45,21 @@ def test_a_cache_that_makes_no_sense_is_measured_again(tmp_path: Path, text: str
 )  # fmt: skip
 def test_rates_that_nothing_can_be_divided_by_are_measured_again(tmp_path: Path, damage: dict) -> None:
     file = tmp_path / "rates.json"
-    file.write_text(json.dumps({"key": {**asdict(typical_rates("cpu")), **damage}}))
+    file.write_text(json.dumps({"key": {**asdict(TWO_CORES), **damage}}))
     assert load_rates("key", file=file) is None
+
+
+def test_a_measured_machine_uses_its_rates_and_an_unknown_one_guesses_none(tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    assert rates_for(CPU, tmp_path, file=file) is None
+    save_rates(identity(CPU, tmp_path), TWO_CORES, file=file)
+    assert rates_for(CPU, tmp_path, file=file) == TWO_CORES
+
+
+def test_a_known_device_has_a_preset_by_its_name_and_no_other_has() -> None:
+    assert preset_for("NVIDIA H200") is H200 is preset_for("NVIDIA H200 NVL")
+    assert preset_for("NVIDIA A100-SXM4-80GB") is None and preset_for("NVIDIA GH200 480GB") is None
+    assert all(name == rates.name and rates.age_s is None for name, rates in PRESETS.items())
 
 
 def test_a_file_in_the_stores_place_is_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -84,7 +99,7 @@ def test_a_probe_finds_positive_rates_and_leaves_nothing_behind(
     monkeypatch.setattr("zo2trl.forecast.machine_bench.PART_S", 0.01)
     monkeypatch.setattr("zo2trl.forecast.machine_bench.DRIVE_S", 0.05)
     monkeypatch.setattr("zo2trl.forecast.machine_bench.MAX_FILE_BYTES", 32 << 20)
-    traversal = typical_rates("cpu").traversal
+    traversal = TWO_CORES.traversal
     found = measure_rates(CPU, tmp_path, traversal=traversal)
     numbers = [*found.flops.values(), found.moved_bytes, found.operation_s, found.upload_bytes, found.download_bytes]
     numbers += [found.disk_read_bytes, found.disk_write_bytes, found.disk_cpu_s, found.new_bytes, found.measured_at]
@@ -96,5 +111,5 @@ def test_a_probe_finds_positive_rates_and_leaves_nothing_behind(
 
 
 def test_attention_counts_as_products_where_it_was_not_measured() -> None:
-    rates = replace(typical_rates("cpu"), flops={"float32": 2.0, "bfloat16": 3.0, "bfloat16 attention": 1.0})
+    rates = replace(TWO_CORES, flops={"float32": 2.0, "bfloat16": 3.0, "bfloat16 attention": 1.0})
     assert [rates.flops_of(f"{name} attention") for name in ("float32", "bfloat16", "float16")] == [2.0, 1.0, 1.0]

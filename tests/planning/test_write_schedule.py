@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zo2trl.planning.write_schedule import WriteSchedule
+from zo2trl.planning.write_schedule import WriteSchedule, unmeasured_intervals, unmeasured_steps_replayed_in
 
 WRITE_SCHEDULE = WriteSchedule(write_back={}, snapshot=1)
 
@@ -26,3 +26,9 @@ def test_any_stretch_of_steps_writes_its_share_to_within_one_unit(
 ) -> None:
     written = sum(len(due_after(position, of=of, every=every)) for position in range(start, start + n_steps))
     assert abs(written - of * n_steps / every) <= 1
+
+
+def test_a_machine_that_was_not_measured_writes_by_fixed_rules() -> None:
+    assert unmeasured_intervals("cpu") == {"cpu": 1, "disk": 1}
+    assert unmeasured_intervals("cuda") == {"cpu": 4, "disk": 16}
+    assert unmeasured_steps_replayed_in(600.0, n_weights=10**9) == 60

@@ -1,7 +1,7 @@
-"""`zo2trl plan MODEL`: what a training would move, hold and take, before there is one.
+"""`zo2trl plan MODEL`: report what a training would move, hold and take, before there is one.
 
 Does not: load weights or train. It takes the arguments of `zo2trl sft`, so a training's own `--config` file will do.
-Invariant: results go to stdout, as a table or with `--json` as one object; what takes time says so on stderr.
+Invariant: results go to stdout, as a table or with `--json` as one object; progress is shown on stderr.
 """
 
 import copy
@@ -123,23 +123,24 @@ def _refuse_unread(options: Sequence[str], *, from_config: Sequence[str], known:
         refuse_unknown(option, name="sft", others=known)
 
 
-def _rates(args: Any, *, probe: str) -> "MachineRates":
-    from zo2trl.planning.rates import identity, load_rates, save_rates, typical_rates
+def _rates(args: Any, *, probe: str) -> "MachineRates | None":
+    """The rates that a run on this machine uses, measured first if they are to be and were not yet."""
+    from zo2trl.planning.known_rates import identity, load_rates, rates_for, save_rates
 
     key = identity(args.device, args.store_path)
-    found = None if probe == "again" else load_rates(key)
-    if found is None and probe != "never":
-        from zo2trl.forecast.machine_bench import measure_rates
-        from zo2trl.forecast.traversal_bench import measure_traversals
+    if probe == "never" or (probe == "once" and load_rates(key) is not None):
+        return rates_for(args.device, args.store_path)
+    from zo2trl.forecast.machine_bench import measure_rates
+    from zo2trl.forecast.traversal_bench import measure_traversals
 
-        print("Measuring this machine (about ten seconds, kept for later) ...", file=sys.stderr, flush=True)
-        traversal = measure_traversals(args.device, args.store_path)
-        found = measure_rates(args.device, args.store_path, traversal=traversal)
-        try:
-            save_rates(key, found)
-        except (OSError, RuntimeError, StoreError) as error:
-            print(f"They cannot be kept, and will be measured again: {error}", file=sys.stderr)
-    return found or typical_rates(args.device.type)
+    print("Measuring this machine (about ten seconds, kept for later) ...", file=sys.stderr, flush=True)
+    traversal = measure_traversals(args.device, args.store_path)
+    found = measure_rates(args.device, args.store_path, traversal=traversal)
+    try:
+        save_rates(key, found)
+    except (OSError, RuntimeError, StoreError) as error:
+        print(f"They cannot be kept, and will be measured again: {error}", file=sys.stderr)
+    return found
 
 
 def _anonymous_bytes() -> int:
@@ -154,8 +155,8 @@ def _anonymous_bytes() -> int:
 # -- the report
 
 
-def _report(planned: "Planned", args: Any, model_args: Any, *, rates: "MachineRates") -> dict[str, Any]:
-    found = planned.forecast
+def _report(planned: "Planned", args: Any, model_args: Any, *, rates: "MachineRates | None") -> dict[str, Any]:
+    found, time = planned.forecast, planned.forecast.time
     placement = found.plan.placement
     every = {tier: found.every.get(tier, 1) for tier in ("gpu", "cpu", "disk")}
     n_steps = args.max_steps if args.max_steps > 0 else None
@@ -174,7 +175,7 @@ def _report(planned: "Planned", args: Any, model_args: Any, *, rates: "MachineRa
         "device_bytes": placement.device_bytes,
         "ring_bytes": placement.ring_bytes,
         "scratch_bytes": placement.scratch_bytes * placement.scratch_copies,
-        "bytes_per_step": asdict(found.links),
+        "bytes_per_step": found.links._asdict(),
         "disk_written_bytes_at_start": found.disk_written_first,
         "disk_written_bytes_per_run": None
         if n_steps is None
@@ -183,16 +184,16 @@ def _report(planned: "Planned", args: Any, model_args: Any, *, rates: "MachineRa
         "pinned_peak_bytes": found.peaks.pinned,
         "host_peak_bytes": found.peaks.host,
         "disk_peak_bytes": found.peaks.disk,
-        "seconds_per_step": found.step_s,
-        "seconds": {
-            "forwards": found.forward_s, "visits": found.visit_s, "upload": found.upload_s, "disk": found.disk_s,
+        "seconds_per_step": None if time is None else time.step_s,
+        "seconds": None if time is None else {
+            "forwards": time.forward_s, "visits": time.visit_s, "upload": time.upload_s, "disk": time.disk_s,
         },
         "tokens_per_second": found.tokens_per_s,
-        "seconds_per_run": None if n_steps is None else found.step_s * n_steps,
-        "bound": found.bound,
+        "seconds_per_run": None if n_steps is None or time is None else time.step_s * n_steps,
+        "bound": None if time is None else time.bound,
         "hiding_tokens_per_step": found.hiding_tokens,
         "counted": planned.is_counted,
-        "machine": {**asdict(rates), "age_s": rates.age_s},
+        "machine": None if rates is None else {**asdict(rates), "age_s": rates.age_s},
     }  # fmt: skip
 
 
@@ -202,20 +203,24 @@ def _report(planned: "Planned", args: Any, model_args: Any, *, rates: "MachineRa
 def _advice(
     planned: "Planned", args: Any, model_args: Any, *, plan: Callable[..., "Planned"]
 ) -> dict[str, Any] | None:
-    """Plans with one option changed are made, and the one with the most tokens per second is named."""
+    """Plan with one option changed at a time, and name the one with the most tokens per second."""
     best: dict[str, Any] | None = None
+    if planned.forecast.tokens_per_s is None:
+        return None
     for option, changed_args, changed_model in _neighbours(planned, args, model_args):
         try:
             other = plan(changed_args, changed_model)
         except BudgetError:
             continue
-        gain = other.forecast.tokens_per_s / planned.forecast.tokens_per_s
+        time, tokens_per_s = other.forecast.time, other.forecast.tokens_per_s
+        assert time is not None and tokens_per_s is not None  # the rates are the same
+        gain = tokens_per_s / planned.forecast.tokens_per_s
         if other.forecast.peaks.disk > max(planned.forecast.peaks.disk, _free_on_disk(args.store_path)):
             continue
         if gain > max(WORTH, best["gain"] if best else 0.0):
             best = {
-                "option": option, "gain": gain, "seconds_per_step": other.forecast.step_s,
-                "tokens_per_second": other.forecast.tokens_per_s, "bound": other.forecast.bound,
+                "option": option, "gain": gain, "seconds_per_step": time.step_s, "tokens_per_second": tokens_per_s,
+                "bound": time.bound,
                 "disk_written_bytes_at_start": other.forecast.disk_written_first,
                 "trains_16_bit": _trains_16_bit(other) and not _trains_16_bit(planned),
             }  # fmt: skip
@@ -229,7 +234,7 @@ def _trains_16_bit(planned: "Planned") -> bool:
 
 def _free_on_disk(store_dir: Path) -> int:
     from zo2trl.files.os_errors import free_bytes
-    from zo2trl.planning.rates import drive_folder
+    from zo2trl.planning.known_rates import drive_folder
 
     return free_bytes(drive_folder(store_dir))
 

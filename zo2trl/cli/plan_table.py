@@ -83,13 +83,27 @@ def _bytes(report: dict[str, Any]) -> Table:
 
 def _seconds(report: dict[str, Any]) -> Table:
     table = _table("seconds", "a step")
-    for name, seconds in report["seconds"].items():
+    for name, seconds in (report["seconds"] or {}).items():
         table.add_row(name, f"{seconds:.3g}")
-    table.add_row("estimated step", f"{report['seconds_per_step']:.3g}", style="bold")
+    step_s = report["seconds_per_step"]
+    table.add_row("estimated step", "unknown" if step_s is None else f"{step_s:.3g}", style="bold")
     return table
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
+    lines = [_UNKNOWN] if report["machine"] is None else _time_lines(report)
+    if not report["counted"]:
+        lines.append("This model's forward looks at values, so its work was taken from the number of its weights.")
+    return lines
+
+
+_UNKNOWN = (
+    "The step time is unknown, because this machine was not measured: leave out `--probe never`. Units are placed and "
+    "written by fixed rules until then, here and in a training."
+)
+
+
+def _time_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"A step is bound by {report['bound']}: {report['tokens_per_second']:,.4g} tokens/s."]
     if report["seconds_per_run"] is not None:
         lines.append(f"The run takes about {report['seconds_per_run'] / 3600:.2g} hours.")
@@ -101,18 +115,18 @@ def _lines(report: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"What would help most: {advice['option']} ({advice['gain']:.2f} x the tokens per second).")
         lines += _prices(advice, report)
-    machine, age_s = report["machine"], report["machine"]["age_s"]
+    machine = report["machine"]
     flops = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in machine["flops"].items())
     basis = (
-        "of a machine like ours (not measured)" if age_s is None else f"measured {_age(age_s)} ago (`--probe again`)"
+        f"of the {machine['name']} (`--probe again` measures this machine)"
+        if machine["age_s"] is None
+        else f"measured {_age(machine['age_s'])} ago (`--probe again`)"
     )
     lines.append(
         f"Rates {basis}: {flops}; up {format_bytes(machine['upload_bytes'])}/s, down "
         f"{format_bytes(machine['download_bytes'])}/s, disk {format_bytes(machine['disk_read_bytes'])}/s read and "
         f"{format_bytes(machine['disk_write_bytes'])}/s written."
     )
-    if not report["counted"]:
-        lines.append("This model's forward looks at values, so its work was taken from the number of its weights.")
     return lines
 
 

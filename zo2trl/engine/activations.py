@@ -13,12 +13,13 @@ from torch import nn
 from zo2trl.engine.deferred import CHUNK_ROWS
 from zo2trl.planning.budgets import free_device_bytes
 
-__all__ = ["activation_bytes", "n_tokens", "passes_per_traversal"]
+__all__ = ["activation_bytes", "n_tokens", "passes_per_traversal", "workspace_bytes"]
 
 HELD_STATES = 6  # hidden states, residual, masks and what generic code keeps, in units of one hidden state
 BLOCK_STATES = 16  # of the running block: projections, attention, both sides of the feed-forward and its activation
 LOGIT_BYTES = 12  # a logit in 16 bit, in fp32, and as a log-probability
 ATTENTION_BYTES = 8  # an attention score in 16 bit, and in fp32 for the softmax
+WORKSPACE_BYTES, HOPPER_WORKSPACE_BYTES = 9 << 20, 32 << 20
 FREE_SHARE = 0.5  # of the free memory: the running block and the head need the rest
 MAX_PASSES = 256
 
@@ -57,6 +58,13 @@ def activation_bytes(model: nn.Module, inputs: Mapping[str, Any], *, n_passes: i
         heads = getattr(text, "num_attention_heads", None) or 1
         scores = ATTENTION_BYTES * heads * tokens * _length(inputs)
     return held + max(running + scores, logits)
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """Bytes that cuBLAS keeps of the device from its first product on: PyTorch allots 32 MiB from Hopper on."""
+    if device.type != "cuda":
+        return 0
+    return HOPPER_WORKSPACE_BYTES if torch.cuda.get_device_capability(device)[0] >= 9 else WORKSPACE_BYTES
 
 
 def n_tokens(inputs: Mapping[str, Any]) -> int:

@@ -25,9 +25,12 @@ from zo2trl.layout.layout import Layout, plan_layout
 from zo2trl.layout.quantised import quantised_digest
 from zo2trl.parallel.ranks import ALONE, Ranks
 from zo2trl.planning.budgets import Budgets, TierName
-from zo2trl.planning.cost_model import CostModel, Work
+from zo2trl.planning.cost_model import CostModel
 from zo2trl.planning.placement import Placement, place, place_again
-from zo2trl.planning.write_schedule import WriteSchedule
+from zo2trl.planning.rates import MachineRates
+from zo2trl.planning.workload import UNBOUNDED, Work, Workload, loads_of, rough_workload
+from zo2trl.planning.write_schedule import WriteSchedule, unmeasured_intervals, unmeasured_steps_replayed_in
+from zo2trl.tiers.disk import CHECK_EVERY
 from zo2trl.tiers.folder import StoreFolder
 from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import TwoSidedSPSA
@@ -46,6 +49,8 @@ __all__ = [
     "place_units",
     "plan_again",
     "plan_engine",
+    "snapshot_interval",
+    "work_of",
     "write_back_intervals",
 ]
 
@@ -68,8 +73,11 @@ class EngineOptions:
         rounding: "nearest", "stochastic", or None for stochastic where a trainable tensor is stored in 16 bit.
         update_along: see `UpdateRule`; an experimenter's choice (benchmarks/noise.py).
         write_back_every: steps between write-backs of a unit, or "auto".
-        tokens_per_step: about how many tokens a step's micro-batches have in all: what computing takes depends on it,
-            and so do `write_back_every="auto"` and what device memory is used for.
+        rates: what the machine does per second; None if that is not known. Bits never depend on them.
+        tokens_per_step: about how many tokens a step's micro-batches have in all, as long as `forward` is not known.
+            What computing takes depends on it, and so do `write_back_every="auto"` and the use of device memory.
+        forward: one pass over one micro-batch, once it has been counted.
+        n_micro_batches, passes_per_traversal: of a step with `forward`.
         granularity: "block", "leaf", or "auto": leaves only where blocks do not fit.
         decay_names: parameters that weight decay applies to.
         dtypes: storage dtypes of parameters to cast while adopting.
@@ -91,7 +99,11 @@ class EngineOptions:
     rounding: Rounding | None = None
     update_along: UpdateAlong = "drawn"
     write_back_every: int | Literal["auto"] = "auto"
+    rates: MachineRates | None = field(default=None, compare=False)
     tokens_per_step: int = 2048
+    forward: Workload | None = field(default=None, compare=False)
+    n_micro_batches: int = 1
+    passes_per_traversal: int = UNBOUNDED
     granularity: Granularity = "auto"
     decay_names: Collection[str] = ()
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
@@ -233,11 +245,9 @@ def _open_folder(model: nn.Module, plan: Plan, options: EngineOptions, *, mode: 
 
 
 def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.Module) -> StoreSpec:
-    n_weights = sum(spec.numel for spec in plan.layout.trainable_tensors())
-    n_steps = cost_model_of(plan.layout, options).steps_replayed_in(options.max_replay_s, n_weights=n_weights)
     write_schedule = WriteSchedule(
         write_back=write_back_intervals(plan.layout, plan.placement, options),
-        snapshot=max(n_steps, 1),
+        snapshot=snapshot_interval(plan.layout, plan.placement, options),
     )
     facts = {
         "direction": options.direction, "decays": sorted(options.decay_names), "seed": options.seed,
@@ -292,26 +302,44 @@ def write_back_intervals(layout: Layout, placement: Placement, options: EngineOp
         if options.write_back_every < 1:
             raise ConfigError(f'`write_back_every` must be at least 1 step or "auto", got {options.write_back_every}.')
         return dict.fromkeys(("cpu", "disk"), options.write_back_every)
-    return cost_model_of(layout, options).write_back_intervals(placement.n_bytes(layout))
+    cost_model = cost_model_of(layout, options)
+    if cost_model is None:
+        return unmeasured_intervals(options.device.type)
+    loads = loads_of(layout, placement.tier_of)
+    return cost_model.write_back_intervals(loads, makes_pairs=placement.scratch_copies > 1)
 
 
-def cost_model_of(layout: Layout, options: EngineOptions) -> CostModel:
-    """How fast steps are with these options, by rates measured once (planning/cost_model.py)."""
-    trained = layout.trainable_tensors()
-    work = Work(
-        token_passes=n_probes(options) * options.tokens_per_step, num_directions=options.num_directions,
-        itemsize=min((tensor.dtype.itemsize for tensor in trained), default=4), direction=options.direction,
-        rounding=options.rounding or _default_rounding(layout),
-        trained_share=sum(tensor.n_bytes for tensor in trained) / max(layout.n_bytes, 1),
+def snapshot_interval(layout: Layout, placement: Placement, options: EngineOptions) -> int:
+    """Steps between two snapshots of a unit in memory, so that replay takes about `max_replay_s` at most."""
+    cost_model, n_directions = cost_model_of(layout, options), options.num_directions
+    if cost_model is None:
+        n_weights = n_directions * sum(spec.numel for spec in layout.trainable_tensors())
+        return max(unmeasured_steps_replayed_in(options.max_replay_s, n_weights=n_weights), 1)
+    loads = loads_of(layout, placement.tier_of)
+    return max(cost_model.steps_replayed_in(options.max_replay_s, loads=loads), 1)
+
+
+def work_of(layout: Layout, options: EngineOptions) -> Work:
+    """What a step does with these options; as long as no pass has been counted, by the number of weights."""
+    n_tokens = options.tokens_per_step // options.n_micro_batches
+    return Work(
+        forward=options.forward or rough_workload(layout, n_tokens=n_tokens),
+        n_micro_batches=options.n_micro_batches, n_probes=n_probes(options), num_directions=options.num_directions,
+        direction=options.direction, rounding=options.rounding or _default_rounding(layout),
+        passes_per_traversal=options.passes_per_traversal, checks_every=CHECK_EVERY,
+        on_cpu=options.device.type == "cpu",
     )  # fmt: skip
-    return CostModel.on(options.device.type, work)
+
+
+def cost_model_of(layout: Layout, options: EngineOptions) -> CostModel | None:
+    """The cost model of these options; None if the rates of the machine are not known."""
+    return None if options.rates is None else CostModel(rates=options.rates, work=work_of(layout, options))
 
 
 def place_units(layout: Layout, options: EngineOptions) -> Placement:
-    """See `place`; with the pace of these options on devices whose rates were measured.
+    """Place a layout's units within the budgets of these options.
 
     Raises:
         BudgetError: see `place`.
     """
-    cost_model = cost_model_of(layout, options) if options.device.type == "cuda" else None
-    return place(layout, options.budgets, cost_model)
+    return place(layout, options.budgets, cost_model_of(layout, options))

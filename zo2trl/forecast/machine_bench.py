@@ -17,7 +17,8 @@ import torch
 
 from zo2trl.files.fs import FS, LOCAL
 from zo2trl.files.os_errors import naming
-from zo2trl.planning.rates import MachineRates, TraversalCost, VisitCost, drive_folder, dtype_name
+from zo2trl.planning.known_rates import drive_folder
+from zo2trl.planning.rates import MachineRates, TraversalCost, VisitCost, dtype_name
 from zo2trl.tiers.host import pin, unpin
 from zo2trl.tiers.readers import N_READ_THREADS, READ_PIECE_BYTES, aligned_bytes
 from zo2trl.zo.noise import make_noise

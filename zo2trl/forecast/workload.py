@@ -8,7 +8,6 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,33 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from zo2trl.layout.layout import Layout, find_stacks
+from zo2trl.layout.layout import find_stacks
 from zo2trl.planning.rates import dtype_name
+from zo2trl.planning.workload import Workload
 
-__all__ = ["Workload", "count_pass", "fake_tensors", "make_fake", "rough_workload"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """One pass over one micro-batch.
-
-    Attributes:
-        flops: of matrix products by the name of their dtype, and of fused attention as "<dtype> attention".
-        moved_bytes: read and written by all other operations.
-        n_operations: how many there are in all.
-        held_bytes: alive between two blocks: what a suspended pass holds.
-        peak_bytes: alive at once at most, beside the weights.
-    """
-
-    flops: Counter[str] = field(default_factory=Counter)
-    moved_bytes: int = 0
-    n_operations: int = 0
-    held_bytes: int = 0
-    peak_bytes: int = 0
-
-    def activation_bytes(self, *, n_passes: int) -> int:
-        """What so many passes hold at once while one of them runs."""
-        return self.peak_bytes + (n_passes - 1) * self.held_bytes
+__all__ = ["count_pass", "fake_tensors", "make_fake"]
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -72,19 +49,25 @@ def make_fake(model: nn.Module, *, mode: FakeTensorMode) -> None:
 
 
 def count_pass(
-    model: nn.Module, run: Callable[[], Any], *, mode: FakeTensorMode, autocast: torch.dtype | None = None
+    model: nn.Module,
+    run: Callable[[], Any],
+    *,
+    mode: FakeTensorMode,
+    autocast: torch.dtype | None = None,
+    on_cpu: bool = True,
 ) -> Workload:
-    """Run one pass and count.
+    """Run one pass and count its operations and bytes.
 
     Args:
         model: of fake tensors of `mode`.
         run: one ordinary call of the model's loss.
         autocast: what a trainer's autocast casts to; None: it has none.
+        on_cpu: memory counts from when it is written; on a GPU it counts from when it is allocated.
 
     Raises:
         Exception: whatever a forward raises that looks at values, which fake tensors have none of.
     """
-    counting = _Counting()
+    counting = _Counting(on_cpu=on_cpu)
     handles = [
         block.register_forward_pre_hook(counting.between_blocks) for _, stack in find_stacks(model) for block in stack
     ]
@@ -102,20 +85,12 @@ def count_pass(
     )  # fmt: skip
 
 
-def rough_workload(layout: Layout, *, n_tokens: int) -> Workload:
-    """One pass over so many tokens, at a multiplication and an addition per weight and token: without a model."""
-    flops: Counter[str] = Counter()
-    for unit in layout.units:
-        for spec in unit.tensors:
-            flops[dtype_name(spec.dtype)] += 2 * spec.numel * n_tokens
-    return Workload(flops=flops)
-
-
 class _Counting(TorchDispatchMode):
     """Adds up operations, and the bytes of tensors that are alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_cpu: bool) -> None:
         super().__init__()
+        self._on_cpu = on_cpu
         self.flops: Counter[str] = Counter()
         self.moved_bytes = self.n_operations = self.held_bytes = self.peak_bytes = self._alive_bytes = 0
         self._users: Counter[int] = Counter()  # storage -> tensors that share it
@@ -136,9 +111,8 @@ class _Counting(TorchDispatchMode):
             self.moved_bytes += sum(map(_n_bytes, sources)) + sum(map(_n_bytes, made))
         known = {_storage(tensor) for tensor in sources}
         for tensor in made:
-            self._note(
-                tensor, is_new=_storage(tensor) not in known, is_written=not (_is_view(func) or _is_empty(func))
-            )
+            is_written = not (_is_view(func) or (_is_empty(func) and self._on_cpu))
+            self._note(tensor, is_new=_storage(tensor) not in known, is_written=is_written)
         return result
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -146,7 +120,7 @@ class _Counting(TorchDispatchMode):
         self.flops[f"{dtype_name(query.dtype)} attention"] += 2 * rows * key.shape[-2] * width
 
     def _note(self, tensor: torch.Tensor, *, is_new: bool, is_written: bool) -> None:
-        """Memory counts from when it is written, and as much of it as is: what is only reserved takes no pages."""
+        """Count memory from when it is written, and as much of it as is: what is only reserved takes no pages."""
         key = _storage(tensor)
         if not is_new and key not in self._users:
             return  # a weight, or a view of one

@@ -8,7 +8,6 @@ Access is cyclic (every unit once a step), so a cache that evicts would miss eve
 resident units are spread evenly between streamed ones, so that the link never idles for long.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from zo2trl.files.sizes import format_bytes
 from zo2trl.layout.layout import ALIGNMENT_BYTES, Layout, Unit, VisitPoint
 from zo2trl.planning.budgets import TIERS, Budgets, Size, TierName
 from zo2trl.planning.cost_model import CostModel
+from zo2trl.planning.workload import loads_of
 
 __all__ = [
     "Placement",
@@ -56,13 +56,6 @@ class Placement:
         """
         units = {tier: self.units_in(tier) for tier in TIERS}
         return {index: (turn, len(units[tier])) for tier in TIERS for turn, index in enumerate(units[tier])}
-
-    def n_bytes(self, layout: Layout) -> dict[TierName, int]:
-        """Bytes of the weights in each tier that has any."""
-        found: Counter[TierName] = Counter()
-        for unit in layout.units:
-            found[self.tier_of[unit.index]] += unit.n_bytes
-        return dict(found)
 
 
 def place(layout: Layout, budgets: Budgets, cost_model: CostModel | None = None) -> Placement:
@@ -142,9 +135,9 @@ def _widest(layout: Layout, streamable: Sequence[int], room: int, *, scratch_cop
 
 
 def _step_s(layout: Layout, placement: Placement, cost_model: CostModel) -> float:
-    n_bytes = placement.n_bytes(layout)
-    every = cost_model.write_back_intervals(n_bytes)
-    return max(cost_model.step_time(n_bytes, every=every, makes_pairs=placement.scratch_copies > 1))
+    loads, makes_pairs = loads_of(layout, placement.tier_of), placement.scratch_copies > 1
+    every = cost_model.write_back_intervals(loads, makes_pairs=makes_pairs)
+    return cost_model.step_time(loads, every=every, makes_pairs=makes_pairs).step_s
 
 
 class _Need:

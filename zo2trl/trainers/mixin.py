@@ -32,6 +32,8 @@ from zo2trl.errors import BudgetError, ConfigError, StoreError
 from zo2trl.files.sizes import parse_size
 from zo2trl.layout.quantised import quantised_bytes, quantised_parameters
 from zo2trl.planning.budgets import Budgets, resolve_budgets
+from zo2trl.planning.known_rates import rates_for
+from zo2trl.planning.workload import Workload
 from zo2trl.trainers.adapter_state import adapter_states
 from zo2trl.trainers.adapters import prepare_adapters, refuse_full_quantised
 from zo2trl.trainers.arguments.config import ZOArguments, convert_arguments
@@ -123,7 +125,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         self._engine_options = self._options()
         with nullcontext() if self._first_use is None else self._first_use.preparing():
             self._engine = engine = open_engine(self.model, self._engine_options, mode=mode)
-        self.device_fit = DeviceFit(engine, self._engine_options)
+        self.device_fit = DeviceFit(engine, self._engine_options, count=self._count_pass)
         engine.pass_locals += adapter_states(self.model)
         engine.on_shutdown += [handle.remove for handle in hook_heads(self.model)]
         engine.on_shutdown.append(partial(self.model.__dict__.pop, "_is_accelerate_prepared", None))
@@ -195,6 +197,10 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         """Keyword arguments of `load_mapped` that this kind of trainer needs for a model given as a path."""
         return {}
 
+    def _count_pass(self, inputs: Any) -> Workload | None:
+        """Operations and bytes of one pass over such a batch; None where this kind of trainer cannot count them."""
+        return None
+
     def _plan_first(self) -> None:
         """Refuse budgets that cannot work before anything is moved."""
         empty = next((name for name, p in self.model.named_parameters() if p.is_meta), None)
@@ -232,6 +238,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
             budgets=self._budgets(),
             device=args.device,
             store_dir=self._own_store_dir,
+            rates=rates_for(args.device, self._own_store_dir),
             seed=args.seed,
             zo_eps=args.zo_eps,
             num_directions=args.num_directions,

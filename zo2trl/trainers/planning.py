@@ -1,6 +1,7 @@
-"""Planning a training before there is one: its model without weights, its engine's options, one pass of its loss.
+"""Planning a training before there is one, from its model's configuration and its arguments alone.
 
-Does not: load weights, open a store, or decide anything that the trainer decides otherwise: both ask the same planner.
+Does not: load weights, open a store, or decide anything that the trainer decides otherwise: both call the same planner
+with the same counts of a pass and the same machine rates.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,15 @@ from trl.trainer.utils import get_peft_config
 
 from zo2trl.checkpoints.load import class_named_by, read_config
 from zo2trl.engine.activations import passes_per_traversal
-from zo2trl.engine.device_fit import SPARE_BYTES, SPARE_SHARE
-from zo2trl.engine.opening import EngineOptions, Plan, plan_engine
+from zo2trl.engine.device_fit import reserve_for
+from zo2trl.engine.opening import EngineOptions, Plan, n_probes, plan_engine
 from zo2trl.errors import ConfigError, UnsupportedError
 from zo2trl.forecast.forecast import Forecast, forecast
-from zo2trl.forecast.workload import Workload, count_pass, fake_tensors, make_fake, rough_workload
 from zo2trl.planning.budgets import resolve_budgets
 from zo2trl.planning.placement import smallest_device_budget
 from zo2trl.planning.rates import MachineRates
+from zo2trl.planning.workload import Workload, rough_workload
+from zo2trl.trainers.counting import build_model, count_batch
 from zo2trl.trainers.objective.objectives import find_objective
 from zo2trl.trainers.scripts import USAGE, ZOModelConfig, model_init_kwargs, refuse_no_model
 from zo2trl.trainers.sft_trainer import ZOSFTConfig
@@ -32,7 +34,7 @@ __all__ = ["Planned", "plan_parser", "plan_training"]
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A training that could be.
+    """The plan of a training.
 
     Attributes:
         forecast: of one step.
@@ -51,13 +53,13 @@ class Planned:
 
 
 def plan_parser(own: type) -> TrlParser:
-    """A parser of `own`, and then of everything that `zo2trl sft` knows, so that its `--config` files can be read."""
+    """A parser of `own` and of everything that `zo2trl sft` knows, so that it reads `--config` files of both."""
     read: Any = (own, ScriptArguments, ZOSFTConfig, ZOModelConfig, DatasetMixtureConfig)
     return TrlParser(read, prog="zo2trl plan", usage=USAGE, allow_abbrev=False)
 
 
 def plan_training(
-    args: Any, model_args: ModelConfig, *, rates: Callable[[], MachineRates], process_bytes: int = 0
+    args: Any, model_args: ModelConfig, *, rates: Callable[[], MachineRates | None], process_bytes: int = 0
 ) -> Planned:
     """Plan supervised fine-tuning from the model's config.json and the arguments alone.
 
@@ -65,8 +67,8 @@ def plan_training(
 
     Args:
         args: a `ZOSFTConfig`.
-        rates: asked once all that can be refused has been: measuring takes its time.
-        process_bytes: what this process holds now, with libraries loaded: a training's holds it, too.
+        rates: called once everything that can be refused has been, because measuring takes time; None: not known.
+        process_bytes: what this process holds now, with libraries loaded, which a training's process holds, too.
 
     Raises:
         ConfigError: no model is named, or an argument cannot work.
@@ -79,35 +81,30 @@ def plan_training(
     config, there, dtype = _read_config(args, model_args)
     length = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
     shape = (args.per_device_train_batch_size, length)
-    mode = fake_tensors()
-    with torch.device("meta"):
-        model, run = _build(config, dtype=dtype, model_args=model_args)
-    make_fake(model, mode=mode)
-    with mode:
-        ids = torch.zeros(shape, dtype=torch.long)
+    model, run = build_model(class_named_by(config), config, dtype=dtype, peft_config=get_peft_config(model_args))
     options = replace(_options(args), decay_names=_decay_names(model))
     plan = plan_engine(model, options)
-    n_probes, n_micro_batches = 2 * args.num_directions, args.gradient_accumulation_steps
-    inputs = {"input_ids": ids}
-    together = max(passes_per_traversal(options, model, inputs, room=_room(plan, options)), n_probes)
-    n_passes = min(n_probes * n_micro_batches, together)
-    options = replace(options, tokens_per_step=max(ids.numel() * n_passes // n_probes, 1))
-    try:
-        workload, is_counted = count_pass(model, lambda: run(ids), mode=mode, autocast=_autocast(args)), True
-    except Exception:  # a forward that looks at values
-        workload, is_counted = rough_workload(plan.layout, n_tokens=shape[0] * shape[1]), False
+    n_probes_each, n_micro_batches = n_probes(options), args.gradient_accumulation_steps
+    inputs = {"input_ids": torch.empty(shape, dtype=torch.long, device="meta")}
+    together = max(passes_per_traversal(options, model, inputs, room=_room(plan, options)), n_probes_each)
+    counted = count_batch(model, run, shape, autocast=_autocast(args), on_cpu=options.device.type == "cpu")
+    workload = counted or rough_workload(plan.layout, n_tokens=shape[0] * shape[1])
+    options = replace(
+        options, rates=rates(), forward=workload, n_micro_batches=n_micro_batches, passes_per_traversal=together,
+        tokens_per_step=shape[0] * shape[1] * n_micro_batches,
+    )  # fmt: skip
     if options.device.type == "cuda" and options.budgets.device != "min":  # as DeviceFit does with the first batch
-        reserve = int(workload.activation_bytes(n_passes=n_passes) * SPARE_SHARE) + SPARE_BYTES
+        n_passes = min(n_probes_each * n_micro_batches, together)
+        reserve = reserve_for(workload, n_passes=n_passes, device=options.device)
         options = replace(options, budgets=replace(options.budgets, reserve=reserve))
-        plan = plan_engine(model, options)
+    plan = plan_engine(model, options)
     specs = [spec for unit in plan.layout.units for spec in unit.tensors]
     return Planned(
         forecast=forecast(
-            plan, options, workload, rates=rates(), n_micro_batches=n_micro_batches,
-            tokens=ids.numel() * n_micro_batches, passes_per_traversal=together, process_bytes=process_bytes,
+            plan, options, tokens=shape[0] * shape[1] * n_micro_batches, process_bytes=process_bytes,
             copied=_cast_units(plan, there),
         ),
-        options=options, workload=workload, is_counted=is_counted,
+        options=options, workload=workload, is_counted=counted is not None,
         n_parameters=sum(spec.numel for spec in specs),
         n_trainable=sum(spec.numel for spec in specs if spec.trainable),
     )  # fmt: skip
@@ -150,30 +147,6 @@ def _cast_units(plan: Plan, there: torch.dtype) -> set[int]:
     """Frozen units with a tensor in another dtype than the checkpoint's, which no unit can then be read from."""
     frozen = (unit for unit in plan.layout.units if not unit.is_trained)
     return {unit.index for unit in frozen if any(spec.dtype != there for spec in unit.tensors)}
-
-
-def _build(
-    config: PreTrainedConfig, *, dtype: torch.dtype, model_args: ModelConfig
-) -> tuple[torch.nn.Module, Callable[[torch.Tensor], Any]]:
-    """The model that the trainer would make, and one call of its loss on token ids."""
-    from trl.trainer import utils
-
-    model_class = class_named_by(config)
-    build = getattr(model_class, "from_config", None) or model_class._from_config
-    model = build(config, dtype=dtype).eval()
-    fuse = getattr(utils, "add_fused_lm_head", None)
-    options: dict[str, Any] = {}
-    if fuse is not None and model.get_output_embeddings() is not None:
-        fuse(model, outputs=("log_probs", "entropy", "is_top1"))
-        options["fused_lm_head"] = True
-    if (peft_config := get_peft_config(model_args)) is not None:
-        from peft import get_peft_model
-
-        try:
-            model = get_peft_model(model, peft_config).eval()
-        except ValueError as error:
-            raise ConfigError(f"The adapter does not fit {config.name_or_path or 'the model'}: {error}") from error
-    return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False, **options)
 
 
 def _room(plan: Plan, options: EngineOptions) -> int | None:

@@ -1,11 +1,15 @@
 """ZOSFTTrainer: TRL's SFTTrainer, trained with forward passes only."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from zo2trl.planning.workload import Workload
 from zo2trl.trainers.arguments.config import ZOArguments
+from zo2trl.trainers.counting import count_like
 from zo2trl.trainers.trl_mixin import ZOTRLMixin
 
 __all__ = ["ZOSFTConfig", "ZOSFTTrainer"]
@@ -34,3 +38,9 @@ class ZOSFTTrainer(ZOTRLMixin, SFTTrainer):
 
     config_class = ZOSFTConfig
     takes_labels = True
+
+    def _count_pass(self, inputs: Any) -> Workload | None:
+        if self.objective is not None and self.objective.generates:
+            return None
+        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return count_like(self.model, inputs, autocast=autocast, on_cpu=self.args.device.type == "cpu")

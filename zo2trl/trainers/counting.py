@@ -1,0 +1,111 @@
+"""Counting one pass of supervised fine-tuning on a model without weights, for a plan and for the run alike.
+
+Does not: load weights, or know a machine.
+Invariant: a plan and a run of the same model on batches of the same shape count the same.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from zo2trl.errors import ConfigError
+from zo2trl.forecast.workload import count_pass, fake_tensors, make_fake
+from zo2trl.planning.workload import Workload
+
+__all__ = ["build_model", "count_batch", "count_like"]
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    model_class: Any, config: PreTrainedConfig, *, dtype: torch.dtype, peft_config: Any = None
+) -> tuple[nn.Module, Callable[[torch.Tensor], Any]]:
+    """The model that the trainer would make, on the meta device, and one call of its loss on token ids.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+    """
+    from trl.trainer import utils
+
+    with torch.device("meta"):
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        model = build(config, dtype=dtype).eval()
+        fuse = getattr(utils, "add_fused_lm_head", None)
+        options: dict[str, Any] = {}
+        if fuse is not None and model.get_output_embeddings() is not None:
+            fuse(model, outputs=("log_probs", "entropy", "is_top1"))
+            options["fused_lm_head"] = True
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            try:
+                model = get_peft_model(model, peft_config).eval()
+            except ValueError as error:
+                raise ConfigError(f"The adapter does not fit {config.name_or_path or 'the model'}: {error}") from error
+    return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False, **options)
+
+
+def count_batch(
+    model: nn.Module,
+    run: Callable[[torch.Tensor], Any],
+    shape: tuple[int, int],
+    *,
+    autocast: torch.dtype | None,
+    on_cpu: bool,
+) -> Workload | None:
+    """One pass over token ids of this shape; None if the model's forward looks at values.
+
+    Args:
+        model, run: of `build_model`; the model gets fake tensors.
+    """
+    mode = fake_tensors()
+    make_fake(model, mode=mode)
+    with mode:
+        ids = torch.zeros(shape, dtype=torch.long)
+    try:
+        return count_pass(model, lambda: run(ids), mode=mode, autocast=autocast, on_cpu=on_cpu)
+    except Exception:  # whatever a forward raises that looks at values
+        logger.debug("A pass could not be counted.", exc_info=True)
+        return None
+
+
+def count_like(
+    trained: nn.Module, inputs: Mapping[str, Any], *, autocast: torch.dtype | None, on_cpu: bool
+) -> Workload | None:
+    """One pass of a model like the one that is trained; None if none can be built from its configuration.
+
+    Args:
+        inputs: a batch with `input_ids`.
+    """
+    ids = inputs.get("input_ids")
+    peft_configs: Any = getattr(trained, "peft_config", None) or {}
+    base: Any = trained.get_base_model() if peft_configs else trained  # type: ignore[operator]
+    if not isinstance(base, PreTrainedModel) or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return None
+    peft_config = next(iter(peft_configs.values()), None)
+    try:
+        model, run = build_model(type(base), base.config, dtype=base.dtype, peft_config=peft_config)
+        _adopt_dtypes(model, trained)
+    except Exception:
+        logger.debug("No model could be built to count a pass of.", exc_info=True)
+        return None
+    return count_batch(model, run, (ids.shape[0], ids.shape[1]), autocast=autocast, on_cpu=on_cpu)
+
+
+def _adopt_dtypes(model: nn.Module, trained: nn.Module) -> None:
+    """Give parameters the dtypes that the trained model has them in.
+
+    Raises:
+        ValueError: the two models have different parameters.
+    """
+    wanted = dict(trained.named_parameters())
+    named = dict(model.named_parameters())
+    if named.keys() != wanted.keys():
+        raise ValueError("other parameters than those of the model that is trained")
+    for name, parameter in named.items():
+        if wanted[name].dtype != parameter.dtype and wanted[name].dtype.is_floating_point:
+            parameter.data = parameter.data.to(wanted[name].dtype)
