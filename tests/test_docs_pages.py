@@ -1,10 +1,12 @@
 """The pages that are made from the code say what the code says, and the README stays short."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import zo2trl
 from docs.generate import PAGES
 from zo2trl.trainers.arguments.support_table import versions
 from zo2trl.trainers.metrics import LOG_KEYS, StepMetrics
@@ -42,3 +44,15 @@ def test_every_file_that_a_page_names_exists() -> None:
             if not (ROOT / name).exists():
                 missing.append(f"{page.relative_to(ROOT)}: {name}")
     assert missing == []
+
+
+def test_the_reference_describes_every_public_name() -> None:
+    entries = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference" / "api.md").read_text(), flags=re.MULTILINE)
+    described = {"__version__"}
+    for entry in entries:
+        if entry == "zo2trl.errors":  # all of it
+            described |= set(zo2trl.errors.__all__)
+        else:
+            module, name = entry.rsplit(".", 1)
+            described.add(getattr(import_module(module), name).__name__)
+    assert set(zo2trl.__all__) <= described
