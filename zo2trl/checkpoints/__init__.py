@@ -1,1 +1,1 @@
-"""Checkpoints read and written: loading, converting, exporting, verifying and rebuilding weights."""
+"""This room reads and writes checkpoints: it loads, converts, exports, verifies and rebuilds weights."""

@@ -1,7 +1,7 @@
-"""The weights a run began with, from the checkpoint they came from.
+"""This module reads the weights that a run began with from their checkpoint.
 
-Does not: run code that came with a checkpoint; compare what it loads with the store's checksums (who asks does).
-Invariant: nothing is loaded before the first tensor is asked for, and then only mapped.
+Does not: run code that came with a checkpoint; compare the weights with the store's checksums, as its callers do.
+Invariant: nothing is loaded before the first call of `tensor`, and weights are then only mapped.
 """
 
 from collections.abc import Mapping
@@ -21,28 +21,28 @@ __all__ = ["BaseWeights"]
 
 
 class BaseWeights:
-    """Base weights by tensor.
+    """BaseWeights looks up base weights by tensor.
 
     Args:
-        run, model: what the store says of them.
-        given: folder or hub id; None: what the run remembers.
-        scratch: folder on a disk with room for fused experts, if there are any.
+        run, model: the run and the model folder of the store.
+        given: the folder or hub id of the base; None takes the one in the run's header.
+        scratch: a folder on a disk with room for fused experts, if there are any.
     """
 
     where: str
-    """Folder or hub id; empty if nobody knows."""
+    """This is the base's folder or hub id; it is empty if neither an argument nor the header names one."""
 
     def __init__(self, run: StoredRun, model: ModelFiles, given: str | Path | None, *, scratch: Path) -> None:
         self._run, self._model, self._scratch = run, model, scratch
-        remembered = run.header.get("base_folder")
-        self.where = str(given) if given is not None else remembered if isinstance(remembered, str) else ""
+        recorded = run.header.get("base_folder")
+        self.where = str(given) if given is not None else recorded if isinstance(recorded, str) else ""
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        """A tensor's values, in the checkpoint's dtype.
+        """Return a tensor's values in the checkpoint's dtype.
 
         Raises:
-            StoreForeign: nobody knows where they are.
-            CheckpointError: the checkpoint cannot be read, or is of another model.
+            StoreForeign: neither an argument nor the header names the checkpoint.
+            CheckpointError: the checkpoint cannot be read, or belongs to another model.
             UnsupportedError: the model's class is not transformers' own.
         """
         if spec.name not in self._values:

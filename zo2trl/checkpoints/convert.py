@@ -1,8 +1,8 @@
-"""Pickled weights (*.bin) -> safetensors, one tensor at a time and without running any code from the pickle.
+"""This module converts pickled weights (*.bin) to safetensors, tensor by tensor and without running pickled code.
 
 Does not: change a value, a dtype or a name; load the model; touch the source.
 Invariant: `destination` appears complete or not at all: everything is written and synced in `<destination>.tmp` and
-renamed at the end. Plain ``from_pretrained`` of it gives the model that the source gives.
+renamed at the end. Plain ``from_pretrained`` loads the same model from it as from the source.
 """
 
 import json
@@ -25,7 +25,7 @@ from zo2trl.files.fs import LOCAL
 __all__ = ["convert_checkpoint"]
 
 COPY_PIECE_BYTES = 32 * 2**20
-# Configuration, tokenizer, generation defaults, chat templates, licence, and the code of models that bring their own.
+# They are configuration, tokenizer, generation defaults, chat templates, licence, and code that came with the model.
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
 COPIED_NAMES = ("LICENSE", "NOTICE")
 
@@ -49,10 +49,10 @@ def convert_checkpoint(source: Path, destination: Path) -> None:
     """Write the checkpoint folder `source`, whose weights are pickled, to `destination` with safetensors weights.
 
     Weights are one `pytorch_model.bin` or the shards of a `pytorch_model.bin.index.json`. Tensors that the model ties
-    are written once. Takes memory for one tensor (files from before torch 1.6: for one file).
+    are written once. It needs memory for one tensor (for one file, if torch before 1.6 wrote it).
 
     Raises:
-        CheckpointError: nothing to convert, `destination` in use, or a file that holds more than tensors.
+        CheckpointError: there is nothing to convert, `destination` is in use, or a file holds more than tensors.
     """
     source, destination = source.absolute(), destination.absolute()
     shards = _pickled_shards(source)
@@ -121,9 +121,9 @@ def _copy(file: Path, copy: Path) -> None:
 
 
 def _skeleton(source: Path) -> PreTrainedModel | None:
-    """The model without storage, which knows its ties; None if this installation does not know the architecture.
+    """Build the model without storage, to look up its ties; None if this installation lacks the architecture.
 
-    Then every tied tensor is written under each of its names, which costs bytes and is never wrong.
+    Without it every tied tensor is written under each of its names, which costs bytes and is always correct.
     """
     try:
         config = read_config(str(source), {"trust_remote_code": False})
@@ -154,10 +154,10 @@ def _convert_shards(shards: list[Path], scratch: Path, *, skeleton: PreTrainedMo
 
 
 def _load(shard: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one pickled file, mapped where the file allows it (a zip archive, as torch >= 1.6 writes)."""
+    """Load the tensors of one pickled file, mapped if it is a zip archive, as torch >= 1.6 writes."""
     try:
         content = torch.load(shard, map_location="cpu", mmap=zipfile.is_zipfile(shard), weights_only=True)
-    except Exception as error:  # A pickle, let alone a hostile one, can raise anything.
+    except Exception as error:  # A pickle, and a hostile one above all, can raise anything.
         why = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"{shard} could not be read as a file of nothing but tensors ({type(error).__name__}: {why}). Nothing in "
@@ -179,7 +179,7 @@ def _load(shard: Path) -> dict[str, torch.Tensor]:
 
 
 def _without_ties(tensors: dict[str, torch.Tensor], skeleton: PreTrainedModel | None) -> dict[str, torch.Tensor]:
-    """`tensors` less those that are another one's storage under a name which the model ties to it anyway."""
+    """Drop tensors that share another one's storage under a name which the model ties to it."""
     if skeleton is None:
         return tensors
     same: dict[tuple[object, ...], list[str]] = {}
@@ -191,7 +191,7 @@ def _without_ties(tensors: dict[str, torch.Tensor], skeleton: PreTrainedModel | 
     for names in same.values():
         kept: dict[str, str] = {}  # the name that the model ties to -> the name that is written
         in_model = {name: model_name for name, (model_name, _) in model_names(skeleton, names).items()}
-        # The name that is tied to comes first: it is the one that the model's own `save_pretrained` keeps.
+        # The name that others are tied to comes first: the model's own `save_pretrained` keeps that one.
         for name in sorted(names, key=lambda name: in_model[name] in ties):
             if kept.setdefault(ties.get(in_model[name], in_model[name]), name) != name:
                 dropped.add(name)
@@ -199,8 +199,8 @@ def _without_ties(tensors: dict[str, torch.Tensor], skeleton: PreTrainedModel | 
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> Iterator[int]:
-    """Write a safetensors file, durably; yields the number of tensor bytes after each piece."""
-    # Wider elements first, so that every tensor starts at a multiple of its element size and can be mapped.
+    """Write a safetensors file durably, and yield the number of tensor bytes after each piece."""
+    # Wider elements come first, so that every tensor starts at a multiple of its element size and can be mapped.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,9 +1,9 @@
-"""Store -> an ordinary model folder, with the weights after any of its steps. A training may go on meanwhile.
+"""This module exports a store as an ordinary model folder, with the weights after any step, even during a training.
 
 Does not: need the model's Python objects, a GPU, or more memory than one unit; change the store.
-Invariants:
+Invariant:
 - The folder appears complete and durable, or not at all.
-- Its weights files are what the trainer's own save would have written: transformers' `save_pretrained` writes them.
+- Its weight files equal those that the trainer's own save writes: transformers' `save_pretrained` writes them.
 """
 
 import logging
@@ -44,24 +44,24 @@ def export_store(
     progress: Progress = lambda what, done, total: None,
     fs: FS = LOCAL,
 ) -> None:
-    """Write the weights of a store, and what else its model folder has, to `out`.
+    """Write the weights of a store, and the other files of its model folder, to `out`.
 
     Args:
         store_dir: a store with a run in it.
-        out: folder to make; must not exist, or be empty.
-        step: weights after as many optimizer steps; None: after all.
-        moment: of which checkpoint, instead of a step.
-        base: folder or hub id of the model the run began with; None: what the store remembers.
-        device: where steps are replayed.
-        progress: told about each unit.
+        out: the folder to make, which must not exist or must be empty.
+        step: the number of optimizer steps in the weights; None means all.
+        moment: the moment of a checkpoint, instead of a step.
+        base: the folder or hub id of the model the run began with; None takes the one in the store.
+        device: the device that replays steps.
+        progress: a function that is called for each unit.
 
     Raises:
-        StoreForeign: no store, or one that this zo2trl, this device or these base weights cannot rebuild.
-        StoreCorrupt: it is damaged, and nothing that is sound leads to these weights.
+        StoreForeign: there is no store, or this zo2trl, this device or these base weights cannot rebuild it.
+        StoreCorrupt: it is damaged, and no sound version or base leads to these weights.
         ConfigError: `out` is taken, or the run has no such step.
         BudgetError: the disk of `out` is too small.
     """
-    out = out.resolve()  # its name and its parent are needed
+    out = out.resolve()  # the draft needs its name and its parent
     run = StoredRun.look(store_dir, fs=fs)
     position = run.position_at(moment) if moment is not None else run.position_of(step)
     model = ModelFiles.read(run.folder.model, fs=fs)
@@ -88,7 +88,7 @@ def export_store(
 
 
 def _wanted_units(run: StoredRun, model: ModelFiles) -> list[Unit]:
-    """Units with tensors to save: all, or those with an adapter's."""
+    """Return the units with tensors to save: all, or those with tensors of an adapter."""
     if model.adapters is None:
         return list(run.stored.units)
     computed = [place for place, names in model.adapters.items() if names is None]
@@ -147,7 +147,7 @@ def _save_plainly(draft: Path, values: Mapping[str, torch.Tensor], *, run: Store
 
 
 def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors, each in memory of its own: a file holds no aliases."""
+    """Copy tensors where needed, so that each is contiguous and shares no storage: a file holds no aliases."""
     seen: set[int] = set()
     result: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -162,9 +162,9 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _appearing(out: Path, fs: FS) -> Generator[Path, None, None]:
-    """A folder beside `out` that becomes `out` when the block ends, durably, and vanishes if it fails.
+    """Make a draft folder beside `out`, rename it to `out` durably when the block ends, and remove it on failure.
 
-    A crash leaves it behind; the next export to the same place removes it.
+    A crash leaves the draft behind; the next export to the same folder removes it.
     """
     if fs.exists(out) and (not out.is_dir() or fs.list_names(out)):
         raise ConfigError(f"{out} exists already and is not an empty folder. Remove it, or choose another one.")

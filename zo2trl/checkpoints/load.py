@@ -1,12 +1,14 @@
-"""Checkpoint -> model on the CPU whose weights are maps of the safetensors files, so that loading needs no memory.
+"""This module loads a checkpoint as a model on the CPU that maps its safetensors files, so that it needs no memory.
 
-Does not: cast (the store does, tensor by tensor, while it adopts), place anything on a device, run pickles, train.
-Invariant: after the casts that `MappedModel` names, the model equals plain ``from_pretrained`` bit for bit; what is in
-memory of its own is at most the tensors outside the blocks, and one block tensor at a time while loading.
+Does not: cast (the store does, tensor by tensor, when it first writes its files), place anything on a device, run
+pickles, train.
+Invariant: after the casts that `MappedModel` names, the model equals ``from_pretrained`` bit for bit; at most the
+tensors outside the blocks have memory of their own, and while loading one block tensor at a time.
 
-Two routes. Usually transformers maps the files by itself. It does not where a tensor is converted on the way: another
-dtype, or experts that the files keep one by one and the model fuses. Then the blocks are declared offloaded to disk:
-transformers converts one tensor at a time and writes fused experts to files, and we map what its index names.
+There are two routes. Usually transformers maps the files by itself. It does not where a tensor is converted: to
+another dtype, or from experts that the files keep one by one and the model fuses. Then the blocks are declared
+offloaded to disk: transformers converts one tensor at a time and writes fused experts to files, and this module maps
+the files that its index names.
 """
 
 import copy
@@ -60,13 +62,13 @@ _REFUSED = {
 
 @dataclass(frozen=True, eq=False)
 class MappedModel:
-    """A loaded model, and what its store must still do to it.
+    """A MappedModel is a loaded model with the casts that its store must still make.
 
     Attributes:
-        model: on the CPU, in eval mode; most parameters are copy-on-write maps of checkpoint files.
-        dtype: what floating parameters must be cast to while they are adopted; None if all are as they should be.
-        kept_float32: parameters that are to be float32 whatever `dtype` says (transformers' `keep_in_fp32` modules).
-        is_drawn: some parameters are not in the checkpoint and were drawn at random (a new head).
+        model: the model on the CPU, in eval mode; most parameters are copy-on-write maps of checkpoint files.
+        dtype: the dtype that the store must cast floating parameters to; None if no cast is needed.
+        kept_float32: parameters that are float32 whatever `dtype` is (transformers' `keep_in_fp32` modules).
+        is_drawn: whether some parameters are not in the checkpoint and were drawn at random (a new head).
     """
 
     model: PreTrainedModel
@@ -75,7 +77,7 @@ class MappedModel:
     is_drawn: bool = False
 
     def casts(self) -> dict[str, torch.dtype]:
-        """Parameter name -> storage dtype, for the parameters whose dtype still has to change."""
+        """Map parameter names to storage dtypes, for the parameters whose dtype still has to change."""
         dtype = self.dtype
         return {
             name: wanted
@@ -98,15 +100,15 @@ def load_mapped(
     Args:
         path_or_id: a folder with safetensors weights, or a hub id.
         model_class: a model or `Auto...` class; None takes the one that the configuration names.
-        offload_folder: a folder on a disk with room for all fused experts. What is written there has lost its names
-            when this returns, and gives its bytes back when the last parameter that maps them goes.
-        quantised_on: the device that a quantised model is loaded to, as transformers does it: in memory, and never
-            moved. None refuses one.
-        model_init_kwargs: `from_pretrained`'s own. `dtype` (or `torch_dtype`) is "auto" unless given.
+        offload_folder: a folder on a disk with room for all fused experts. Files written there have lost their names
+            when this returns; their bytes are freed with the last parameter that maps them.
+        quantised_on: the device that transformers loads a quantised model to, where it stays in memory. None refuses
+            quantised models.
+        model_init_kwargs: the arguments of `from_pretrained`. `dtype` (or `torch_dtype`) is "auto" unless given.
 
     Raises:
-        CheckpointError: pickled weights only, damaged files, names that lead out of the folder.
-        UnsupportedError: an argument or a checkpoint that asks for placement or an adapter, or is quantised.
+        CheckpointError: all weights are pickled, files are damaged, or names lead out of the folder.
+        UnsupportedError: an argument asks for placement, or the checkpoint is an adapter or quantised.
     """
     kwargs = dict(model_init_kwargs)
     requested = _take_dtype(kwargs)
@@ -121,7 +123,7 @@ def load_mapped(
     stored = read_headers(files)
     floats = (tensor.dtype for tensor in stored.values() if tensor.dtype is not None)
     dtype: Any = requested or config.dtype or next(floats, torch.get_default_dtype())
-    kwargs |= {"dtype": dtype, "use_safetensors": True, "force_download": False}  # Fetched by now; once is enough.
+    kwargs |= {"dtype": dtype, "use_safetensors": True, "force_download": False}  # The files were fetched above.
 
     model_class = model_class or class_named_by(config)
     with _blaming_the_config(source, kwargs):
@@ -156,7 +158,7 @@ def _load_quantised(model_class: Any, source: str, *, device: torch.device | Non
 
 
 def read_config(source: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
-    """The checkpoint's configuration with the overrides in `kwargs`; `CheckpointError` if a folder has none."""
+    """Read the checkpoint's configuration with the overrides in `kwargs`; `CheckpointError` if a folder has none."""
     given = kwargs.get("config")
     if isinstance(given, PreTrainedConfig):
         return copy.deepcopy(given)
@@ -173,7 +175,7 @@ def read_config(source: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _check_fields(config: Any) -> None:
-    """What transformers takes from a config.json unchecked, and we use."""
+    """Check the fields of a config.json that transformers does not check and this module uses."""
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"`architectures` must be a list of names, got {names!r}")
@@ -193,12 +195,14 @@ def _check_fields(config: Any) -> None:
 
 @contextmanager
 def _blaming_the_config(source: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """What a wrong value in a folder's config.json makes transformers raise, told with the file's name."""
+    """Name the config.json in any error that transformers raises for a wrong value in it."""
     try:
         yield
     except (ZO2TRLError, ImportError):
         raise
-    except Exception as error:  # a configuration's own checks, and the arithmetic of any model with odd numbers
+    except (
+        Exception
+    ) as error:  # a configuration's own checks raise it, or the arithmetic of any model with odd numbers
         if not Path(source).is_dir() or kwargs.get("config") is not None or kwargs.get("trust_remote_code"):
             raise
         why = f"{type(error).__name__}: {str(error)[:500]}"
@@ -210,7 +214,7 @@ def _blaming_the_config(source: str, kwargs: Mapping[str, Any]) -> Iterator[None
 
 
 def _refuse_endless(config: PreTrainedConfig, *, n_tensors: int) -> None:
-    """A skeleton takes time and memory for every layer that the configuration names."""
+    """Refuse far more layers than tensors, because a skeleton takes time and memory for each layer."""
     n_layers = getattr(config, "num_hidden_layers", None)
     if isinstance(n_layers, int) and n_layers > MAX_EMPTY_LAYERS + n_tensors:
         raise CheckpointError(
@@ -220,17 +224,19 @@ def _refuse_endless(config: PreTrainedConfig, *, n_tensors: int) -> None:
 
 
 def class_named_by(config: PreTrainedConfig) -> Any:
-    """The model class that the configuration names, else the causal language model class."""
+    """Return the model class that the configuration names, else the causal language model class."""
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    if isinstance(named, type) and issubclass(named, PreTrainedModel):  # the name may be of anything in transformers
+    if isinstance(named, type) and issubclass(
+        named, PreTrainedModel
+    ):  # the name may be that of anything in transformers
         return named
-    # Remote code: the class lives in the checkpoint's own module, and `auto_map` says behind which front.
-    front = "AutoModelForImageTextToText"
-    return getattr(transformers, front) if front in (getattr(config, "auto_map", None) or {}) else AutoModelForCausalLM
+    # With remote code the class is in the checkpoint's own module, and `auto_map` maps `Auto...` classes to it.
+    auto = "AutoModelForImageTextToText"
+    return getattr(transformers, auto) if auto in (getattr(config, "auto_map", None) or {}) else AutoModelForCausalLM
 
 
 def build_skeleton(model_class: Any, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without storage: names, shapes and ties only."""
+    """Build the model without storage, for its names, shapes and ties."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
         if hasattr(model_class, "from_config"):
@@ -241,7 +247,7 @@ def build_skeleton(model_class: Any, config: PreTrainedConfig, *, trust_remote_c
 def model_names(
     skeleton: PreTrainedModel, names: Iterable[str], *, key_mapping: dict[str, str] | None = None
 ) -> dict[str, tuple[str, bool]]:
-    """Name in the files -> (name in the model, whether its values are converted on the way there)."""
+    """Map each name in the files to (name in the model, whether loading converts its values)."""
     transforms = get_model_conversion_mapping(skeleton, key_mapping)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -251,7 +257,7 @@ def model_names(
 
 
 def _lacks_some(skeleton: PreTrainedModel, stored: set[str]) -> bool:
-    """Whether a parameter has no values in the files, under any of the names that tied ones have."""
+    """Return whether a parameter has no values in the files, under any of its names if it is tied."""
     names: dict[int, set[str]] = {}
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
@@ -292,8 +298,8 @@ def _refuse(kwargs: dict[str, Any]) -> None:
 def _refuse_adapter(source: str, kwargs: Mapping[str, Any]) -> None:
     name = "adapter_config.json"
     is_local = Path(source).is_dir()
-    at_home = (checkpoint_folder(source, kwargs) / name).is_file()
-    if at_home if is_local else cached_file(source, name, **hub_arguments(kwargs)):
+    in_folder = (checkpoint_folder(source, kwargs) / name).is_file()
+    if in_folder if is_local else cached_file(source, name, **hub_arguments(kwargs)):
         raise UnsupportedError(
             f"{source} is an adapter (it has an {name}). Load the base model and continue the adapter by wrapping the "
             "model with `PeftModel.from_pretrained(model, path, is_trainable=True)`."
@@ -301,7 +307,7 @@ def _refuse_adapter(source: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def _dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
-    """Parameter name -> dtype after loading as `dtype`: transformers keeps some parameters in float32."""
+    """Return a function from parameter name to dtype after loading: transformers keeps some in float32."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
     kept = re.compile("|".join(patterns) or "(?!)")
     return lambda name: torch.float32 if kept.search(name) else dtype
@@ -323,7 +329,7 @@ def _make_room(source: str, folder: Path | None, n_bytes: int) -> None:
 
 
 def _blocks_on_disk(skeleton: nn.Module, blocks: set[str]) -> dict[str, str]:
-    """A device map that names every module: transformers refuses a catch-all key together with "disk"."""
+    """Make a device map of every module, because transformers refuses a catch-all key together with "disk"."""
     ancestors = {block.rsplit(".", depth)[0] for block in blocks for depth in range(1, block.count(".") + 1)} | {""}
     places: dict[str, str] = dict.fromkeys(blocks, "disk")
     for name, module in skeleton.named_modules():
@@ -337,7 +343,7 @@ def _blocks_on_disk(skeleton: nn.Module, blocks: set[str]) -> dict[str, str]:
 
 
 def _load_offloaded(model_class: Any, source: str, *, folder: Path | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    # A map outlives its file's name: with the folder gone when this returns, a later crash leaves no bytes behind.
+    # A map outlives its file's name: the folder is removed before this returns, so that a later crash leaves no bytes.
     with tempfile.TemporaryDirectory(dir=folder, prefix="experts-") as scratch:
         model = model_class.from_pretrained(source, offload_folder=scratch, **kwargs)
         _map_offloaded(model, _offload_index(model))
@@ -360,7 +366,7 @@ def _offload_index(model: nn.Module) -> Mapping[str, Mapping[str, str]]:
 
 
 def _map_offloaded(model: nn.Module, index: Mapping[str, Mapping[str, str]]) -> None:
-    """Replace every parameter without storage by a map of the tensor that `index` names, in that file's own dtype."""
+    """Replace every parameter without storage by a map of the tensor that `index` names, in the file's dtype."""
     opened: dict[str, Any] = {}
     mapped: dict[int, nn.Parameter] = {}  # parameters that are one object stay one
     for prefix, module in model.named_modules():

@@ -1,18 +1,18 @@
-"""The folder `model/` of a store: what an exported folder holds besides weights, written while the model is at hand.
+"""This module writes and reads the folder `model/` of a store: all that an exported folder holds besides weights.
 
-Does not: hold weights that are trained, or run code that came with a checkpoint: classes that are not transformers'
-own are exported by the names of their parameters.
+The store writes it while it has the model; an export reads it without. Does not: hold trained weights, or run code
+that came with a checkpoint: classes that are not transformers' own are exported by the names of their parameters.
 
 ::
 
     model/
-    ├── model_class.json       which class, how its checkpoint's names were changed, which names an adapter's file has
-    ├── config.json            of a transformers model
-    ├── generation_config.json of one that can generate
-    ├── adapter_config.json    of a PEFT model; of further adapters, in folders of their names
-    ├── buffers.safetensors    what is saved besides parameters that are trained: persistent buffers, and what else an
-    │                          adapter's file has (resized embeddings)
-    └── ...                    whatever the trainer adds (tokenizer files), which is copied as it is
+    ├── model_class.json       the class, the renamings of its checkpoint's names, and the names in an adapter's file
+    ├── config.json            the configuration, if the model is transformers'
+    ├── generation_config.json the generation defaults, if it can generate
+    ├── adapter_config.json    the adapter, if it is a PEFT model; further adapters are in folders of their names
+    ├── buffers.safetensors    saved tensors that are not trained: persistent buffers, and others in an adapter's file
+    │                          (resized embeddings)
+    └── ...                    files that the trainer adds (tokenizer files) and an export copies as they are
 
 Invariant: reading needs no network, and imports nothing but transformers.
 """
@@ -44,23 +44,23 @@ from zo2trl.layout.layout import TensorSpec
 __all__ = ["ModelFiles", "describe_model", "is_saved_as_adapter"]
 
 MODEL_FORMAT = 1
-MAX_BYTES = 64 * 2**20  # of a JSON file; adapters list their tensors' names
+MAX_BYTES = 64 * 2**20  # the limit of a JSON file; adapters list their tensors' names
 _CLASS, _BUFFERS, _ADAPTER = "model_class.json", "buffers.safetensors", "adapter_config.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _OURS = (_CLASS, _BUFFERS)
 
-# An adapter's file, by the folder it lies in: name in the file -> name in the model's state dict; None: its tensors
-# are computed while they are saved.
+# This maps the folder of an adapter's file to a table from name in the file to name in the model's state dict; None if
+# its tensors are computed while they are saved.
 _Adapters = dict[str, dict[str, str] | None]
 
 
 def is_saved_as_adapter(model: nn.Module) -> bool:
-    """Whether a folder of the model holds what was trained beside a base, and not the base."""
+    """Return whether saving the model writes its adapters only, and not the base."""
     return hasattr(model, "peft_config")
 
 
 def describe_model(model: nn.Module, folder: Path, *, fs: FS = LOCAL) -> None:
-    """Write into `folder` what an export needs to know of a model besides the values of its parameters."""
+    """Write into `folder` all that an export needs of a model besides the values of its parameters."""
     state: dict[str, Any] = {n: v for n, v in model.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
     adapters, configs = _adapters_of(model, state)
     for name, config in configs.items():
@@ -89,14 +89,14 @@ def describe_model(model: nn.Module, folder: Path, *, fs: FS = LOCAL) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ModelFiles:
-    """A `model/` folder that is read; make one with `read`.
+    """A ModelFiles is the content of a `model/` folder; `read` makes one.
 
     Attributes:
-        folder: where it is.
-        class_name: the model's class, and
-        module: where it was defined.
-        adapters: folder of an adapter in the output -> name in its file -> name in the model (None: computed); None
-            for a model that is saved as a whole.
+        folder: the folder.
+        class_name: the name of the model's class.
+        module: the module that defined the class.
+        adapters: a table from folder of an adapter in the output to name in its file to name in the model (None:
+            computed); None for a model that is saved as a whole.
     """
 
     folder: Path
@@ -108,14 +108,14 @@ class ModelFiles:
 
     @classmethod
     def read(cls, folder: Path, *, fs: FS = LOCAL) -> "ModelFiles":
-        """Raises `StoreCorrupt` naming file and field if the description cannot be."""
+        """Read a `model/` folder; raise `StoreCorrupt` naming file and field if its description is not valid."""
         path = inside(folder, _CLASS, error=StoreCorrupt)
         fields = Fields(read_json(path, max_bytes=MAX_BYTES, fs=fs), str(path))
         if (version := fields.integer("format")) != MODEL_FORMAT:
             raise StoreCorrupt(
                 f"{path} has format {version}; this zo2trl reads format {MODEL_FORMAT}. Use the zo2trl that wrote it."
             )
-        for name in ("adapters", "conversions"):  # null says something, absence does not
+        for name in ("adapters", "conversions"):  # null has a meaning, absence has none
             if name not in fields.values:
                 raise fields.refuse(name, "it is missing")
         is_whole, is_new = (fields.values[name] is None for name in ("adapters", "conversions"))
@@ -126,7 +126,7 @@ class ModelFiles:
         )  # fmt: skip
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Tensors to save that are no trained parameters."""
+        """Read the tensors to save that are not trained parameters."""
         path = inside(self.folder, _BUFFERS, error=StoreCorrupt)
         if not self._fs.exists(path):
             return {}
@@ -139,9 +139,9 @@ class ModelFiles:
             ) from error
 
     def skeleton(self, tensors: Iterable[TensorSpec]) -> PreTrainedModel | None:
-        """A model without storage whose own `save_pretrained` saves these parameters, to be filled by `fill`.
+        """Build a model without storage whose own `save_pretrained` saves these parameters after `fill`.
 
-        None if the class is not one of this transformers', or has other parameters now.
+        It returns None if this transformers lacks the class, or has it with other parameters.
         """
         model_class = self.transformers_class()
         if model_class is None or not self._fs.exists(self.folder / _CONFIG):
@@ -161,29 +161,29 @@ class ModelFiles:
         return model
 
     def transformers_class(self) -> type[PreTrainedModel] | None:
-        """The model's class if it is transformers' own."""
+        """Return the model's class if it is transformers' own."""
         found = getattr(transformers, self.class_name, None) if self.module.startswith("transformers.") else None
         if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__module__ == self.module:
             return found
         return None
 
     def others(self) -> list[str]:
-        """Names of files to copy as they are (those of a folder's own adapters and configurations included)."""
+        """Return the names of files to copy as they are, among them adapters' and models' configurations."""
         names = [name for name in self._fs.list_names(self.folder) if name not in _OURS]
         return [name for name in names if inside(self.folder, name, error=StoreCorrupt).is_file()]
 
     def _build(self, model_class: type[PreTrainedModel], *, most_layers: int) -> PreTrainedModel | None:
-        """The model on the meta device; None if it would have more layers than the store has tensors."""
+        """Build the model on the meta device; return None if it would have more layers than the store has tensors."""
         path = inside(self.folder, _CONFIG, error=StoreCorrupt)
         content = read_json(path, max_bytes=MAX_BYTES, fs=self._fs)
-        if _count_layers(content) > most_layers:  # a billion empty modules take for ever, too
+        if _count_layers(content) > most_layers:  # a billion empty modules would take for ever to build
             return None
         try:
             config_class: Any = model_class.config_class
             config = config_class.from_dict(config_class._decode_special_floats(content))
-            if config.model_type != config_class.model_type:  # what is saved is looked up by this name
+            if config.model_type != config_class.model_type:  # saving looks the model up by this name
                 raise ValueError(f"`model_type` is {config.model_type!r} instead of {config_class.model_type!r}")
-            config._attn_implementation = "eager"  # others may be looked up on the hub; nothing is computed here
+            config._attn_implementation = "eager"  # others may be looked up on the hub, and nothing is computed here
             model = build_skeleton(model_class, config)
             generation = inside(self.folder, _GENERATION, error=StoreCorrupt)
             if self._fs.exists(generation):
@@ -191,7 +191,7 @@ class ModelFiles:
                 model.generation_config = GenerationConfig.from_dict(given)
         except StoreCorrupt:
             raise
-        except Exception as error:  # whatever a configuration's own checks raise
+        except Exception as error:  # a configuration's own checks may raise anything
             why = f"{type(error).__name__}: {str(error)[:500]}"
             raise StoreCorrupt(
                 f"{path} does not configure a {self.class_name} ({why}). Restore it from a copy."
@@ -200,7 +200,7 @@ class ModelFiles:
 
 
 def fill(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Give a skeleton its parameters and persistent buffers, by the names of its state dict; ties stay."""
+    """Set a skeleton's parameters and persistent buffers by the names of its state dict; ties stay."""
     made: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -215,11 +215,11 @@ def fill(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
                 module._buffers[name] = values[f"{prefix}.{name}" if prefix else name]
 
 
-# -- what a model is
+# -- the description of a model
 
 
 def _adapters_of(model: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple[_Adapters | None, dict[str, str]]:
-    """The names an adapter's file has, and its configuration, by the folder that PEFT would save it to."""
+    """Return the names in each adapter's file, and its configuration, by the folder that PEFT would save it to."""
     if not is_saved_as_adapter(model):
         return None, {}
     from peft import PeftModel, get_peft_model_state_dict
@@ -227,26 +227,26 @@ def _adapters_of(model: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple[_
     found: Any = model
     if isinstance(found, PeftModel):
         names = {"" if name == "default" else name: name for name in found.peft_config}
-        with warnings.catch_warnings(action="ignore"):  # said again whenever a checkpoint is saved
+        with warnings.catch_warnings(action="ignore"):  # PEFT repeats them whenever a checkpoint is saved
             saved = {
                 folder: get_peft_model_state_dict(found, state_dict=dict(state), adapter_name=name)
                 for folder, name in names.items()
             }
         configs = {folder: _as_saved(found, name) for folder, name in names.items()}
-    elif getattr(found, "_hf_peft_config_loaded", False):  # transformers' own way to carry one adapter
+    elif getattr(found, "_hf_peft_config_loaded", False):  # transformers added one adapter by itself
         name = found.active_adapters()[0]
         bare = found.get_adapter_state_dict(adapter_name=name, state_dict=dict(state))
         saved = {"": {f"base_model.model.{key}": value for key, value in bare.items()}}
         configs = {"": _config_text(found.peft_config[name], None)}
     else:
         return None, {}
-    return {folder: _origins(tensors, state) for folder, tensors in saved.items()}, configs
+    return {folder: _names_in_model(tensors, state) for folder, tensors in saved.items()}, configs
 
 
-def _origins(saved: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
-    """Where each saved tensor comes from: the tensor itself, or (prompts) the only one that equals it."""
+def _names_in_model(saved: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
+    """Map each saved tensor to its name in the model: by storage, or (prompts) as the only one that equals it."""
     names = {_place(value): name for name, value in reversed(list(state.items()))}
-    origins: dict[str, str] = {}
+    names_in_model: dict[str, str] = {}
     for name, tensor in saved.items():
         found = names.get(_place(tensor))
         if found is None:
@@ -255,8 +255,8 @@ def _origins(saved: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor
             if len(equal) != 1:
                 return None
             found = equal[0]
-        origins[name] = found
-    return origins
+        names_in_model[name] = found
+    return names_in_model
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, torch.dtype]:
@@ -264,7 +264,7 @@ def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, torch.dtype]:
 
 
 def _as_saved(model: Any, adapter: str) -> str:
-    """The configuration as `PeftModel.save_pretrained` writes it."""
+    """Return the configuration as `PeftModel.save_pretrained` writes it."""
     config = copy.copy(model.peft_config[adapter])
     base = model.base_model if config.is_prompt_learning else model.base_model.model
     if config.base_model_name_or_path is None:
@@ -294,18 +294,18 @@ def _read_adapters(table: Mapping[str, JSON], folder: Path) -> _Adapters:
 
 
 def _count_layers(content: JSON) -> int:
-    """The largest number of layers that a configuration, or one in it, speaks of."""
+    """Return the largest number of layers in a configuration and those nested in it."""
     if not isinstance(content, dict):
         return 0
     named = (value for key, value in content.items() if "layer" in key and isinstance(value, int))
     return max([0, *named, *map(_count_layers, content.values())])
 
 
-# -- how a checkpoint's names were changed on the way into the model
+# -- the renamings between a checkpoint and its model
 
 
 def _conversions_of(model: nn.Module) -> list[dict[str, Any]] | None:
-    """Signatures of what transformers undoes when it saves; None: it decides when it saves."""
+    """Return signatures of the conversions that transformers undoes when it saves; None if it decides them then."""
     found = getattr(model, "_weight_conversions", None)
     return None if found is None else [_signature(entry) for entry in found]
 

@@ -1,11 +1,11 @@
-"""The weights of a store after any number of steps, unit by unit, without the model: from versions, records and base.
+"""This module rebuilds the weights of a store after any number of steps, unit by unit and without the model.
 
 Does not: change the store, lock it, or write anything but scratch files. A training may go on meanwhile.
 
-What leads to a unit's bytes at a position: its newest version before it, or an older one back to an origin (weights
-that no record leads to), or the base weights; then the records from there on. The first that is sound is taken.
+A unit's bytes at a position are its newest version before it, or an older one back to a base version (weights that no
+record leads to), or the base weights, plus the records from there on. The first sound one of these is the start.
 
-Invariant: what is returned was compared with a checksum when it was read, and everything after that is arithmetic.
+Invariant: all bytes were compared with a checksum when they were read, and everything after that is arithmetic.
 """
 
 import logging
@@ -33,38 +33,38 @@ __all__ = ["BaseSource", "Progress", "Rebuild"]
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Gets what is being done, and how many bytes of how many of it are done."""
+"""It is called with a name, the number of bytes done and their total."""
 
-_READ_AGAIN = 10  # times, while a training publishes versions
+_READ_ATTEMPTS = 10  # attempts, while a training publishes versions
 _PAUSE_S = 0.1
-_RECORDS_AT_ONCE = 64
+_RECORDS_PER_REPLAY = 64
 
 
 _Place = np.ndarray | Path | None
-"""Where a unit's bytes at the position are: in a version's map, in a scratch file, or (None) in the base weights."""
+"""A unit's bytes at the position are in a version's map, in a scratch file, or (None) in the base weights."""
 
 
 class BaseSource(Protocol):
-    """The weights that a run began with."""
+    """A BaseSource looks up the weights that a run began with."""
 
     where: str
-    """Folder or hub id, for messages."""
+    """This is its folder or hub id, for messages."""
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        """A tensor's values, in any dtype; raises a `ZO2TRLError` if it has none."""
+        """Return a tensor's values in any dtype; raise a `ZO2TRLError` if there are none."""
         ...
 
 
 class Rebuild:
-    """A run's weights at one position.
+    """A Rebuild makes a run's weights at one position.
 
     Args:
-        run: what is known of the store.
-        position: how many records the weights have absorbed.
+        run: the run in the store.
+        position: the number of records that the weights have absorbed.
         base: the weights at position 0, where the store does not hold them.
-        device: where records are replayed.
-        scratch: folder for units that no file holds at this position.
-        progress: told how far it is.
+        device: the device that replays records.
+        scratch: a folder for units that no file holds at this position.
+        progress: a function that is called with the bytes done.
     """
 
     def __init__(
@@ -79,39 +79,39 @@ class Rebuild:
         fs: FS = LOCAL,
     ) -> None:
         self._run, self._position, self._base, self._device = run, position, base, device
-        self._scratch, self._tell, self._fs = scratch, progress, fs
-        self._held: dict[int, tuple[UnitRecord, np.ndarray]] = {}
+        self._scratch, self._progress, self._fs = scratch, progress, fs
+        self._mapped: dict[int, tuple[UnitRecord, np.ndarray]] = {}
         self._rule: UpdateRule | None = None
         self._done = self._total = self._largest = 0
-        self._room: torch.Tensor | None = None
+        self._buffer: torch.Tensor | None = None
 
     def hold(self, units: Sequence[Unit]) -> int:
-        """Map what each unit starts from, before anything is read: a training that goes on takes versions away.
+        """Map each unit's start before anything is read, because a training that goes on removes versions.
 
         Returns how many bytes `tensors` will write to scratch files for these units.
         """
-        for _ in range(_READ_AGAIN):
+        for _ in range(_READ_ATTEMPTS):
             known = {unit.index: self._run.files.versions(unit) for unit in units}
-            missing = [unit for unit in units if not self._hold(unit)]
+            missing = [unit for unit in units if not self._map_start(unit)]
             if not missing:
                 break
             time.sleep(_PAUSE_S)
             self._run.look_again()
             if all(self._run.files.versions(unit) == known[unit.index] for unit in missing):
-                break  # nobody took them away just now: they are lost, and what is older has to do
-        self._total = sum(self._work(unit) for unit in units)
-        replayed = [unit.n_bytes for unit in units if self._needs_scratch(unit)]
+                break  # no training removed them just now: they are lost, and an older start must do
+        self._total = sum(self._work_bytes(unit) for unit in units)
+        replayed = [unit.n_bytes for unit in units if self._is_replayed(unit)]
         self._largest = max(replayed, default=0)
         return sum(replayed)
 
     def tensors(self, units: Sequence[Unit]) -> dict[str, torch.Tensor]:
-        """The units' tensors by name, each with a storage of its own, mapped from files.
+        """Return the units' tensors by name, each with a storage of its own, mapped from files.
 
         Raises:
-            StoreCorrupt: nothing sound leads there; says what was tried.
+            StoreCorrupt: no sound start leads to the position; the message is about the first that was tried.
         """
-        # First all the work, then what stays: objects that outlive the work would leave holes in the memory it used.
-        places = [self._made(unit) for unit in units]
+        # All work comes before the objects that stay: between its allocations they would leave holes in memory.
+        places = [self._rebuild(unit) for unit in units]
         tensors: dict[str, torch.Tensor] = {}
         for unit, place in zip(units, places, strict=True):
             if place is None:
@@ -121,12 +121,12 @@ class Rebuild:
             tensors |= {spec.name: tensor_view(buffer, spec) for spec in unit.tensors}
         return tensors
 
-    def _made(self, unit: Unit) -> _Place:
-        """See to it that a unit's bytes are somewhere."""
+    def _rebuild(self, unit: Unit) -> _Place:
+        """Rebuild a unit from the first sound start and return where its bytes are."""
         problems: list[ZO2TRLError] = []
         for start in self._starts(unit):
             try:
-                place = self._from(unit, start)
+                place = self._rebuild_from(unit, start)
             except ZO2TRLError as problem:
                 problems.append(problem)
                 continue
@@ -142,12 +142,12 @@ class Rebuild:
     # -- where to start
 
     def _usable(self, unit: Unit) -> list[UnitRecord]:
-        """Versions at or before the position, oldest first. Who went back published an early one after a late one."""
+        """Return versions at or before the position, oldest first; a rewound run did not publish them in order."""
         usable = [record for record in self._run.files.versions(unit) if record.position <= self._position]
         return sorted(usable, key=lambda record: record.position)
 
     def _starts(self, unit: Unit) -> Iterator[UnitRecord | None]:
-        """Versions, newest first, back to the newest origin; then the base (None) if that is where it all began."""
+        """Yield versions from the newest to the newest base version, then the base (None) if that has its weights."""
         usable = self._usable(unit)
         while usable:
             yield usable[-1]
@@ -156,19 +156,19 @@ class Rebuild:
         else:
             yield None
             return
-        origin = next(record for record in reversed(self._usable(unit)) if record.is_base)
+        base_version = next(record for record in reversed(self._usable(unit)) if record.is_base)
         base_crcs = [self._run.stored.base_crcs[spec.tensor_id] for spec in unit.tensors]
-        if origin.position == 0 and origin.crc == table_crc(base_crcs):
+        if base_version.position == 0 and base_version.crc == table_crc(base_crcs):
             yield None
 
-    def _hold(self, unit: Unit) -> bool:
+    def _map_start(self, unit: Unit) -> bool:
         usable, files = self._usable(unit), self._run.files
-        held = self._held.get(unit.index)
+        held = self._mapped.get(unit.index)
         if not usable or (held is not None and held[0] == usable[-1]):
             return True
         try:
-            self._fs.close(files.open(unit, usable[-1]))  # refuses a file of another length
-            self._held[unit.index] = usable[-1], files.map(unit, usable[-1])
+            self._fs.close(files.open(unit, usable[-1]))  # it refuses a file of another length
+            self._mapped[unit.index] = usable[-1], files.map(unit, usable[-1])
         except StoreError:
             return False
         return True
@@ -179,15 +179,15 @@ class Rebuild:
         records = self._run.records[start.position if start else 0 : self._position]
         return [record for record in records if isinstance(record, StepRecord)]
 
-    def _needs_scratch(self, unit: Unit) -> bool:
+    def _is_replayed(self, unit: Unit) -> bool:
         return bool(self._pending(unit, next(self._starts(unit))))
 
-    def _work(self, unit: Unit) -> int:
+    def _work_bytes(self, unit: Unit) -> int:
         return unit.n_bytes * (1 + len(self._pending(unit, next(self._starts(unit)))))
 
-    # -- from there on
+    # -- replay
 
-    def _from(self, unit: Unit, start: UnitRecord | None) -> _Place:
+    def _rebuild_from(self, unit: Unit, start: UnitRecord | None) -> _Place:
         pending = self._pending(unit, start)
         if start is None:
             values = {spec: self._from_base(spec) for spec in unit.tensors}
@@ -195,7 +195,7 @@ class Rebuild:
             if not (pending or is_cast):
                 self._advance(unit, unit.n_bytes)
                 return None
-            data = self._workspace(unit).zero_()
+            data = self._unit_buffer(unit).zero_()
             for spec, value in values.items():
                 carve(data, spec).copy_(value)
         else:
@@ -203,29 +203,29 @@ class Rebuild:
             if not pending:
                 self._advance(unit, unit.n_bytes)
                 return found
-            data = self._workspace(unit).copy_(torch.from_numpy(found))
+            data = self._unit_buffer(unit).copy_(torch.from_numpy(found))
         self._advance(unit, unit.n_bytes)
         self._replay(unit, data, pending)
         return self._to_scratch(unit, data)
 
-    def _workspace(self, unit: Unit) -> torch.Tensor:
-        """Memory for one unit, the same for all: freed pieces of many sizes would never go back to the system."""
-        if self._room is None or len(self._room) < unit.n_bytes:
-            self._room = None
+    def _unit_buffer(self, unit: Unit) -> torch.Tensor:
+        """Return memory for one unit, the same for all: freed blocks of many sizes never return to the system."""
+        if self._buffer is None or len(self._buffer) < unit.n_bytes:
+            self._buffer = None
             largest = max(unit.n_bytes, self._largest)
-            self._room = torch.empty(largest, dtype=torch.uint8, device=self._device)
-        return self._room[: unit.n_bytes]
+            self._buffer = torch.empty(largest, dtype=torch.uint8, device=self._device)
+        return self._buffer[: unit.n_bytes]
 
     def _checked(self, unit: Unit, record: UnitRecord) -> np.ndarray:
         files = self._run.files
-        held = self._held.get(unit.index)
+        held = self._mapped.get(unit.index)
         if held is not None and held[0] == record:
             data = held[1]
         else:
             self._fs.close(files.open(unit, record))
             data = files.map(unit, record)
         if table_crc(tensor_crcs(unit, data.data)) != record.crc:
-            files.check(unit, record)  # finds out which parameter it is
+            files.check(unit, record)  # it names the damaged parameter
             raise StoreCorrupt(
                 f"{files.path(unit, record)}, unit {unit.name}: its bytes changed while they were read. Nothing was "
                 "changed. Try again."
@@ -247,8 +247,8 @@ class Rebuild:
     def _replay(self, unit: Unit, data: torch.Tensor, records: Sequence[Record]) -> None:
         self._rule = self._rule or rule_of(self._run, self._device)
         spans = whole_segment(unit).spans
-        for first in range(0, len(records), _RECORDS_AT_ONCE):
-            some = records[first : first + _RECORDS_AT_ONCE]
+        for first in range(0, len(records), _RECORDS_PER_REPLAY):
+            some = records[first : first + _RECORDS_PER_REPLAY]
             self._rule.replay(data, spans, some)
             self._advance(unit, unit.n_bytes * len(some))
 
@@ -263,4 +263,4 @@ class Rebuild:
 
     def _advance(self, unit: Unit, n_bytes: int) -> None:
         self._done = min(self._done + n_bytes, self._total)
-        self._tell(unit.name, self._done, self._total)
+        self._progress(unit.name, self._done, self._total)

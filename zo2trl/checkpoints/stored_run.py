@@ -1,6 +1,6 @@
-"""A store's run as it is on disk, read without the model: its steps, its units, and the arithmetic that repeats them.
+"""This module reads a run from a store without the model: its steps, its units, and the arithmetic that repeats them.
 
-Does not: read weights, lock or change anything. A training may go on meanwhile: what is read is one moment of it.
+Does not: read weights, lock or change anything. It may read during a training, and then gets one moment of it.
 """
 
 from bisect import bisect_left
@@ -29,18 +29,18 @@ __all__ = ["Moment", "StoredRun", "mismatches", "rule_of"]
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """A place in a run's history, as a checkpoint names it."""
+    """A Moment is a position in a run's history, as a checkpoint names it."""
 
     store_id: str
-    """Of the run: the header's `store`."""
+    """This is the `store` in the run's header."""
     position: int
     fingerprint: str
-    """`Journal.fingerprint(position)`: another history of the same run has another one."""
+    """This is `Journal.fingerprint(position)`; another history of the same run has another one."""
 
 
 @dataclass(eq=False)
 class StoredRun:
-    """A store's run as it was at one moment; make one with `look`."""
+    """A StoredRun is a store's run as it was at one moment; `look` makes one."""
 
     folder: StoreFolder
     header: dict[str, JSON]
@@ -52,11 +52,11 @@ class StoredRun:
 
     @classmethod
     def look(cls, store_dir: Path, *, fs: FS = LOCAL) -> "StoredRun":
-        """Read the run in a folder; nothing is locked or changed.
+        """Read the run in a folder without locking or changing anything.
 
         Raises:
-            StoreForeign: there is no run, or its parts are not of one run.
-            StoreCorrupt: journal or layout are damaged.
+            StoreForeign: there is no run, or its parts belong to different runs.
+            StoreCorrupt: journal or layout is damaged.
         """
         folder = StoreFolder.look(store_dir, fs=fs)
         journal = _read_journal(folder.journal, fs)
@@ -69,14 +69,14 @@ class StoredRun:
 
     @property
     def path(self) -> Path:
-        """The store's folder."""
+        """Return the store's folder."""
         return self.folder.path
 
     def position_of(self, step: int | None) -> int:
-        """Records before `step`; all of them for None.
+        """Return the number of records before `step`; for None, of all records.
 
         Raises:
-            ConfigError: the run has not come to that step.
+            ConfigError: the run has not reached that step.
         """
         if step is None:
             return len(self.records)
@@ -86,10 +86,10 @@ class StoredRun:
         return bisect_left([record.step for record in self.records], step)
 
     def position_at(self, moment: Moment) -> int:
-        """The position of a checkpoint.
+        """Return the position of a checkpoint, after checking that the run still holds its records.
 
         Raises:
-            StoreForeign: it is of another run, or of steps that were taken back.
+            StoreForeign: it belongs to another run, or to steps that were rewound.
         """
         if self.header.get("store") != moment.store_id:
             raise StoreForeign(
@@ -105,18 +105,21 @@ class StoredRun:
         return moment.position
 
     def is_same_until(self, position: int) -> bool:
-        """Whether the journal on disk still begins with these records: the run may have been rewound or replaced."""
+        """Read the journal again and return whether its first `position` records are still the same.
+
+        The run may have been rewound or replaced.
+        """
         now = _read_journal(self.folder.journal, self._fs)
         same_run = now.header == self.header and len(now.records) >= position
         return same_run and now.fingerprint(position) == self._fingerprint(position)
 
     def look_again(self) -> None:
-        """Learn which versions of units have been published since."""
+        """Read the journal again for versions of units that have been published since."""
         self.files.attach(_read_journal(self.folder.journal, self._fs), self.stored.units)
 
 
 def mismatches(folder: StoreFolder, header: Mapping[str, JSON], stored: StoredLayout) -> Iterator[str]:
-    """What does not fit between a journal and a layout, in words: they are not of one run."""
+    """Describe each contradiction between a journal and a layout, which then belong to different runs."""
     cure = "Restore both from one copy."
     for name, found in {"layout": stored.digest, "base": base_digest(stored, stored.base_crcs)}.items():
         if header.get(name) != found:
@@ -131,10 +134,10 @@ def mismatches(folder: StoreFolder, header: Mapping[str, JSON], stored: StoredLa
 
 
 def rule_of(run: StoredRun, device: torch.device) -> UpdateRule:
-    """The arithmetic of a run's steps, on `device`.
+    """Return the update rule that repeats a run's steps on `device`.
 
     Raises:
-        StoreForeign: another zo2trl, or another kind of device, is needed to repeat them.
+        StoreForeign: repeating them needs another zo2trl, or another kind of device.
     """
     noise = _noise_of(run, device)
     rules = [

@@ -1,7 +1,7 @@
-"""Looking at everything in a store: what is damaged, where, and what to do about it.
+"""This module checks every file of a store and lists what is damaged, where, and the cure.
 
 Does not: change anything, lock anything, need the model, or stop at the first problem.
-Invariant: what makes a continued or exported run wrong or impossible is `damage`; everything else is a `note`.
+Invariant: a finding is `damage` if it makes a continued or exported run wrong or impossible, and else a `note`.
 """
 
 import re
@@ -32,14 +32,14 @@ from zo2trl.tiers.unit_files import UnitFiles, padded_crc
 __all__ = ["Finding", "Severity", "verify_store"]
 
 _OFFSET = re.compile(r" at offset (\d+)")
-_OURS = re.compile(
+_STORE_FILES = re.compile(
     r"store\.json|lock|journal|logbook|layout\.json|model|units|earlier|journal-\d+\.old|(journal|logbook)\.broken(-\d+)?"
 )
 _COPY = "Restore it from a copy."
 
 
 class Severity(StrEnum):
-    """Whether something is lost."""
+    """A Severity says whether data is lost."""
 
     DAMAGE = "damage"
     NOTE = "note"
@@ -47,12 +47,12 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be."""
+    """A Finding is one problem in a store."""
 
     severity: Severity
     path: Path
     offset: int | None
-    """In bytes; None if it is about the file as a whole."""
+    """It is in bytes; None if the finding is about the file as a whole."""
     what: str
     cure: str
 
@@ -68,47 +68,47 @@ def verify_store(
     progress: Progress = lambda what, done, total: None,
     fs: FS = LOCAL,
 ) -> list[Finding]:
-    """Read every byte of a store and list what is wrong.
+    """Read every byte of a store and list all problems.
 
     Args:
         store_dir: the store.
-        base: compare the base weights, too: in this folder or hub id, or (True) where the store says they are.
-        progress: told how far it is.
-        fs: its file system.
+        base: the folder or hub id of base weights to compare as well; True takes the one in the store.
+        progress: a function that is called with the bytes done.
+        fs: the file system of the store.
 
     Raises:
-        StoreForeign: there is nothing of a store in the folder.
+        StoreForeign: the folder has no part of a store.
     """
     if not any(fs.exists(store_dir / name) for name in ("store.json", "journal", "journal.moving", "earlier")):
         raise StoreForeign(f"{store_dir} holds no store. {where_it_may_be(store_dir, fs=fs)}")
-    look = _Look(store_dir, progress, fs)
-    look.at_folder()
+    verification = _Verification(store_dir, progress, fs)
+    verification.check_folder()
     for place in (store_dir, store_dir / "earlier"):
         if fs.exists(place / "journal"):
-            look.at_run(StoreFolder(place, fs=fs), base=base)
-    return look.findings
+            verification.check_run(StoreFolder(place, fs=fs), base=base)
+    return verification.findings
 
 
-class _Look:
-    """Walks one store."""
+class _Verification:
+    """A _Verification checks one store and collects findings."""
 
     findings: list[Finding]
 
     def __init__(self, root: Path, progress: Progress, fs: FS) -> None:
         self.findings = []
-        self._root, self._tell, self._fs = root, progress, fs
+        self._root, self._progress, self._fs = root, progress, fs
 
-    # -- saying so
+    # -- findings
 
-    def _damage(self, path: Path, what: str, cure: str, *, offset: int | None = None) -> None:
+    def _add_damage(self, path: Path, what: str, cure: str, *, offset: int | None = None) -> None:
         self.findings.append(Finding(Severity.DAMAGE, path, offset, what, cure))
 
-    def _note(self, path: Path, what: str, cure: str, *, offset: int | None = None) -> None:
+    def _add_note(self, path: Path, what: str, cure: str, *, offset: int | None = None) -> None:
         self.findings.append(Finding(Severity.NOTE, path, offset, what, cure))
 
     @contextmanager
-    def _noting(self, path: Path, severity: Severity = Severity.DAMAGE) -> Iterator[None]:
-        """An error made for users becomes a finding."""
+    def _as_finding(self, path: Path, severity: Severity = Severity.DAMAGE) -> Iterator[None]:
+        """Turn a `ZO2TRLError` in the block into a finding."""
         try:
             yield
         except ZO2TRLError as error:
@@ -117,38 +117,38 @@ class _Look:
             what, _, cure = text.partition(". ")
             self.findings.append(Finding(severity, path, int(offset[1]) if offset else None, what, cure or _COPY))
 
-    # -- what lies in the folder
+    # -- files in the folder
 
-    def at_folder(self) -> None:
+    def check_folder(self) -> None:
         root, fs = self._root, self._fs
-        with self._noting(root / "lock"):
+        with self._as_finding(root / "lock"):
             holder = fs.read_text(root / "lock", max_bytes=MAX_LOCK_TEXT) if fs.exists(root / "lock") else ""
             if holder and fs.is_locked(root / "lock"):
                 pid, _, host = holder.partition(" ")
                 what = f"process {pid} on {host} works with this store"
-                self._note(root / "lock", what, "Verify again when it has ended.")
+                self._add_note(root / "lock", what, "Verify again when it has ended.")
         names = fs.list_names(root)
         if "store.json" not in names:
-            self._damage(root / "store.json", "the file is missing", _COPY)
+            self._add_damage(root / "store.json", "the file is missing", _COPY)
         for name in names:
             if name == "journal.moving":
                 what = "a crash interrupted the setting aside of a run"
-                self._note(root / name, what, "The next training goes on with it.")
-            elif not _OURS.fullmatch(name):
-                self._note(root / name, "it is no part of a store", "Move it away if it is yours.")
+                self._add_note(root / name, what, "The next training goes on with it.")
+            elif not _STORE_FILES.fullmatch(name):
+                self._add_note(root / name, "it is no part of a store", "Move it away if it is yours.")
             elif name.endswith(".old"):
-                with self._noting(root / name, Severity.NOTE):
+                with self._as_finding(root / name, Severity.NOTE):
                     Journal.open(root / name, fs=fs, read_only=True).close()
         if not any(fs.exists(root / name) for name in ("journal", "earlier/journal", "journal.moving")):
             what = "the file is missing: founding the store was cut off, or it was taken away"
-            self._damage(root / "journal", what, "Restore it from a copy, or start a new run here.")
+            self._add_damage(root / "journal", what, "Restore it from a copy, or start a new run here.")
 
     # -- one run
 
-    def at_run(self, folder: StoreFolder, *, base: str | Path | bool) -> None:
+    def check_run(self, folder: StoreFolder, *, base: str | Path | bool) -> None:
         journal = self._journal(folder)
         stored = None
-        with self._noting(folder.layout):
+        with self._as_finding(folder.layout):
             stored = read_layout(folder.layout, fs=self._fs)
         self._logbook(folder)
         model = self._model(folder, stored)
@@ -156,13 +156,13 @@ class _Look:
             return
         for problem in mismatches(folder, journal.header, stored):
             what, _, cure = problem.partition(". ")
-            self._damage(folder.layout, what, cure)
+            self._add_damage(folder.layout, what, cure)
         if folder.path == self._root:
             self._description(journal)
         files = UnitFiles(folder.units, fs=self._fs)
         files.attach(journal, stored.units)
         run = StoredRun(folder, journal.header, list(journal.records), stored, files, self._fs, journal.fingerprint)
-        with self._noting(folder.journal, Severity.NOTE):
+        with self._as_finding(folder.journal, Severity.NOTE):
             rule_of(run, torch.device("cpu"))
         self._units(run)
         if model is not None:
@@ -170,12 +170,12 @@ class _Look:
 
     def _journal(self, folder: StoreFolder) -> Journal | None:
         with (
-            self._noting(folder.journal),
+            self._as_finding(folder.journal),
             Journal.open(folder.journal, fs=self._fs, read_only=True) as journal,
         ):
             if journal.repaired:
                 what, _, cure = journal.repaired.partition(". ")
-                self._note(folder.journal, what.removeprefix(f"{folder.journal} "), cure)
+                self._add_note(folder.journal, what.removeprefix(f"{folder.journal} "), cure)
             return journal
         return None
 
@@ -183,39 +183,39 @@ class _Look:
         path = self._root / "store.json"
         if not self._fs.exists(path):
             return
-        with self._noting(path):
+        with self._as_finding(path):
             fields = Fields(read_json(path, max_bytes=1 << 20, fs=self._fs), str(path))
             if fields.text("layout") != journal.header.get("layout"):
                 raise fields.refuse("layout", "it names another model than the journal")
 
     def _logbook(self, folder: StoreFolder) -> None:
         if not self._fs.exists(folder.logbook):
-            self._note(folder.logbook, "there is none", "Evaluations are made again where they are needed.")
+            self._add_note(folder.logbook, "there is none", "Evaluations are made again where they are needed.")
             return
-        with self._noting(folder.logbook):
+        with self._as_finding(folder.logbook):
             book = Logbook.open(folder.logbook, fs=self._fs, read_only=True)
             book.close()
             if book.damaged_at is not None:
                 what = "from here on its lines do not check: the last one was cut off, or the file is damaged"
                 cure = "The next run blanks them out and evaluates again; weights do not depend on them."
-                self._note(folder.logbook, what, cure, offset=book.damaged_at)
+                self._add_note(folder.logbook, what, cure, offset=book.damaged_at)
 
     def _model(self, folder: StoreFolder, stored: StoredLayout | None) -> ModelFiles | None:
         model = None
-        with self._noting(folder.model / "model_class.json"):
+        with self._as_finding(folder.model / "model_class.json"):
             model = ModelFiles.read(folder.model, fs=self._fs)
         if model is None:
             return None
-        with self._noting(folder.model / "buffers.safetensors"):
+        with self._as_finding(folder.model / "buffers.safetensors"):
             model.buffers()
-        with self._noting(folder.model / "config.json"):
+        with self._as_finding(folder.model / "config.json"):
             is_ours = model.adapters is None and model.transformers_class() is not None
             if is_ours and stored is not None:
                 specs = (spec for unit in stored.units for spec in unit.tensors)
                 if model.skeleton(specs) is None:
                     what = f"this transformers' {model.class_name} has other parameters or buffers than the store"
                     cure = "An export names weights as they were; use the transformers that wrote the store."
-                    self._note(folder.model / "config.json", what, cure)
+                    self._add_note(folder.model / "config.json", what, cure)
         return model
 
     # -- weights
@@ -228,15 +228,15 @@ class _Look:
             for record in versions[unit.index]:
                 self._version(run, unit, record)
                 done += unit.n_bytes
-                self._tell(unit.name, done, total)
+                self._progress(unit.name, done, total)
             if unit.is_trained and not versions[unit.index] and not run.header.get("base_folder"):
                 what = f"the journal names no version of unit {unit.name}, and no base model holds its weights"
-                self._damage(run.folder.journal, what, "Restore the whole store from a copy.")
+                self._add_damage(run.folder.journal, what, "Restore the whole store from a copy.")
         named = {files.path(unit, record).name for unit in run.stored.units for record in files.versions(unit)}
         for name in self._fs.list_names(files.folder) if self._fs.exists(files.folder) else []:
             if name not in named:
                 what = "no record names it: a crash left it, or a running training is writing it"
-                self._note(files.folder / name, what, "The next run removes it.")
+                self._add_note(files.folder / name, what, "The next run removes it.")
 
     def _version(self, run: StoredRun, unit: Unit, record: UnitRecord) -> None:
         path = run.files.path(unit, record)
@@ -249,17 +249,17 @@ class _Look:
         if problems and self._is_replaced(run, unit, record):
             return
         for offset, what in problems:
-            self._damage(path, f"unit {unit.name}: {what}", _cure(run, unit, record), offset=offset)
+            self._add_damage(path, f"unit {unit.name}: {what}", _cure(run, unit, record), offset=offset)
 
     def _is_replaced(self, run: StoredRun, unit: Unit, record: UnitRecord) -> bool:
-        """Whether a training that goes on has published a newer version meanwhile, and removed this one."""
+        """Return whether a training that goes on has published a newer version meanwhile, and removed this one."""
         try:
             run.look_again()
         except StoreError:
             return False
         return record not in run.files.versions(unit)
 
-    # -- what it began with
+    # -- base weights
 
     def _base(self, run: StoredRun, model: ModelFiles, base: str | Path | bool) -> None:
         given = None if isinstance(base, bool) else base
@@ -270,18 +270,18 @@ class _Look:
                 if where.is_absolute() and not self._fs.exists(where):
                     what = "the base model is gone from here, and weights that only it holds with it"
                     cure = "Bring it back, or name its new place with `--base` when you export."
-                    self._note(where, what, cure)
+                    self._add_note(where, what, cure)
                 return
             specs = [spec for unit in run.stored.units for spec in unit.tensors]
             total, done = sum(spec.n_bytes for spec in specs), 0
-            with self._noting(where):
+            with self._as_finding(where):
                 for spec in specs:
                     value = source.tensor(spec).detach().to(spec.dtype).contiguous()
                     if padded_crc(spec, host_bytes(value)) != run.stored.base_crcs[spec.tensor_id]:
                         what = f"{spec.name} is not what the run began with"
-                        self._damage(where, what, "Bring back the base model as it was.")
+                        self._add_damage(where, what, "Bring back the base model as it was.")
                     done += spec.n_bytes
-                    self._tell(f"{source.where}: {spec.name}", done, total)
+                    self._progress(f"{source.where}: {spec.name}", done, total)
 
 
 def _cure(run: StoredRun, unit: Unit, record: UnitRecord) -> str:

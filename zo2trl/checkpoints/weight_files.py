@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint: which ones there are, in a folder or on the hub, and what their headers say.
+"""This module finds the weight files of a checkpoint, in a folder or on the hub, and reads their headers.
 
 Does not: read weights, build models, run pickles.
 Invariant: no file is opened whose name leads out of the folder; a hub cache's blobs count as inside.
@@ -31,14 +31,14 @@ _FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 
 
 def trusted_file(folder: Path, name: str) -> Path:
-    """``folder / name``, refused unless it stays in the folder; a hub cache's blobs beside it count too."""
+    """Return ``folder / name``, and refuse it unless it stays in the folder or leads to the blobs of a hub cache."""
     here = folder.absolute()
-    residency = [home for home in here.parents if home.name.startswith("models--") and (home / "blobs").is_dir()]
-    return inside(folder, name, error=CheckpointError, links_into=tuple(residency))
+    caches = [above for above in here.parents if above.name.startswith("models--") and (above / "blobs").is_dir()]
+    return inside(folder, name, error=CheckpointError, links_into=tuple(caches))
 
 
 def read_index(path: Path) -> list[str]:
-    """The file names in a ``*.index.json``, sorted, each checked to stay in the folder; none of them is opened."""
+    """Read the file names in a ``*.index.json``, sorted and checked to stay in the folder, without opening any."""
     try:
         index = Fields(
             read_json(path, max_bytes=MAX_INDEX_BYTES, error=CheckpointError), str(path), error=CheckpointError
@@ -59,7 +59,7 @@ def read_index(path: Path) -> list[str]:
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The files that a ``*.index.json`` names, every one of them there."""
+    """Return the files that a ``*.index.json`` names, after checking that all of them exist."""
     files = [index.parent / name for name in read_index(index)]
     if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(
@@ -70,18 +70,18 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def checkpoint_folder(source: str, kwargs: Mapping[str, Any]) -> Path:
-    """The folder that `subfolder` in `from_pretrained`'s arguments leads to."""
+    """Return the folder that `subfolder` in `from_pretrained`'s arguments selects."""
     return Path(source, kwargs.get("subfolder") or "")
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for a look-up on the hub that answers None where the repository lacks the file."""
+    """Return arguments for a look-up on the hub that returns None where the repository lacks the file."""
     given = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     return given | {"_raise_exceptions_for_missing_entries": False}
 
 
 def weight_files(source: str, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> list[Path]:
-    """The safetensors files of a checkpoint, fetched if they are on the hub; nothing in them is read."""
+    """Return the safetensors files of a checkpoint, fetched if they are on the hub, without reading them."""
     variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
     named = getattr(config, "transformers_weights", None)
     candidates = [named] if named else [f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"]
@@ -120,24 +120,24 @@ def _hub_files(source: str, candidates: list[str], kwargs: Mapping[str, Any]) ->
 
 
 class StoredTensor(NamedTuple):
-    """What a header says of a tensor; the dtype is None unless it is a floating one that can be trained."""
+    """A StoredTensor is a tensor in a header; the dtype is None unless it is a floating one that can be trained."""
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor in the files, by name."""
+    """Read the headers of the files and return every tensor by name."""
     found: dict[str, StoredTensor] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no dict
+                for name in opened.keys():  # noqa: SIM118 - it is not a dict
                     tensor = opened.get_slice(name)
                     dtype = _FLOAT_DTYPES.get(tensor.get_dtype())
                     found[name] = StoredTensor(dtype, tuple(tensor.get_shape()))
@@ -151,7 +151,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 def refuse_misfits(
     stored: Mapping[str, StoredTensor], names: Mapping[str, tuple[str, bool]], expected: Mapping[str, torch.Tensor]
 ) -> None:
-    """Refuse tensors that the model cannot take; `names` says which of its own they are, and which are converted."""
+    """Refuse tensors that do not fit the model; `names` maps them to its names and whether they are converted."""
     for name, tensor in stored.items():
         wanted, is_converted = names[name]
         value = expected.get(wanted)
