@@ -1,7 +1,7 @@
-"""The `zo2trl` command: train, plan, look into stores, turn them and pickled checkpoints into model folders.
+"""This room is the `zo2trl` command, which trains, plans, reads stores, and exports and converts model folders.
 
 Does not: do any work itself, or import torch before a subcommand needs it.
-Invariant: an error made for users is one line on stderr and exit code 2; anything else is our bug and keeps its trace.
+Invariant: a `ZO2TRLError` is one line on stderr and exit code 2; any other error is a bug and keeps its traceback.
 """
 
 import argparse
@@ -24,10 +24,10 @@ PACKAGES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (argparse exits by itself on `--help`, `--version` and bad usage)."""
+    """Run one command and return its exit code; argparse exits by itself on `--help`, `--version` and bad usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] and argv[0] in training.COMMANDS:  # whose arguments TRL's parser reads
+        if argv[:1] and argv[0] in training.COMMANDS:  # TRL's parser reads their arguments
             return training.run(argv[0], argv[1:])
         if argv[:1] == ["plan"]:
             return plan.run(argv[1:])
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zo2trl: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who reads our output has seen enough: `zo2trl log STORE | head`
-        with Path(os.devnull).open("w") as nowhere:  # or the interpreter flushes, and fails, again
+    except BrokenPipeError:  # the reader closed the pipe: `zo2trl log STORE | head`
+        with Path(os.devnull).open("w") as nowhere:  # else the interpreter flushes at exit, and fails again
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0
     return code or 0
@@ -99,7 +99,7 @@ def _facts() -> Iterator[tuple[str, str]]:
 
 
 def _accelerate_config() -> str:
-    """The one that `accelerate launch` takes where none is named: a frequent cause of surprises."""
+    """Describe accelerate's default configuration file, because its settings often surprise users."""
     from accelerate.commands.config import default_config_file, load_config_from_file
 
     if not Path(default_config_file).is_file():

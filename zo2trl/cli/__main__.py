@@ -1,4 +1,4 @@
-"""`python -m zo2trl.cli` is the `zo2trl` command."""
+"""This module runs the `zo2trl` command as `python -m zo2trl.cli`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The commands that look into a store: `verify`, `export` and `log`.
+"""This module has the commands that read a store: `verify`, `export` and `log`.
 
-Does not: do any of it (tiers/ does), or import torch before that is needed.
+Does not: verify or export by itself (checkpoints/ does), or import torch before that is needed.
 Invariant: results go to stdout; progress goes to stderr, and only if that is a terminal.
 """
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["add_commands", "be_quiet"]
 
 _MARKER = "zo_checkpoint.json"
-_ROWS_AT_ONCE = 500
+_ROWS_PER_UPDATE = 500
 _COLUMNS = ("step", "loss", "projected gradient", "learning rate", "notes")
 
 
 def add_commands(commands: Any) -> None:
-    """Add the three to the command line."""
+    """Add the three commands to the command line."""
     verify = commands.add_parser("verify", help="read a whole store and list what is damaged, with the cure")
     verify.add_argument("store", type=Path, metavar="STORE", help="store folder, or a checkpoint of its run")
     verify.add_argument(
@@ -71,7 +71,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     checkpoints = list(arguments.checkpoint)
     if (store / _MARKER).is_file():
         checkpoints.append(store)
-        store, _ = _of_checkpoint(store, None)
+        store, _ = _store_of(store, None)
     with _progress("Verifying") as progress:
         findings = verify_store(store, base=arguments.base, progress=progress)
     lines = [str(finding) for finding in findings]
@@ -91,7 +91,7 @@ def _problems_of(folder: Path, store: Path) -> Iterator[str]:
     from zo2trl.errors import ZO2TRLError
 
     try:
-        _, moment = _of_checkpoint(folder, store)
+        _, moment = _store_of(folder, store)
         StoredRun.look(store).position_at(moment)
     except ZO2TRLError as error:
         yield f"damage: {folder}: {' '.join(str(error).split())}"
@@ -110,7 +110,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if (source / _MARKER).is_file():
         if arguments.step is not None:
             raise ConfigError(f"`--step` and a checkpoint name two moments. Leave one out, or export {source.parent}.")
-        source, moment = _of_checkpoint(source, arguments.store)
+        source, moment = _store_of(source, arguments.store)
     try:
         device = torch.device(arguments.device)
     except RuntimeError:
@@ -127,18 +127,18 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"Exported {arguments.source} to {arguments.out}.")
 
 
-def _of_checkpoint(folder: Path, store: Path | None) -> tuple[Path, "Moment"]:
-    """The store of a checkpoint, and the moment of its run that it is of."""
+def _store_of(folder: Path, store: Path | None) -> tuple[Path, "Moment"]:
+    """Return the store of a checkpoint, and the checkpoint's moment in the run."""
     from zo2trl.checkpoints.stored_run import Moment
     from zo2trl.trainers.resume.checkpoint import read_checkpoint
 
-    found = read_checkpoint(folder)
-    moment = Moment(store_id=found.store_id, position=found.position, fingerprint=found.fingerprint)
+    checkpoint = read_checkpoint(folder)
+    moment = Moment(store_id=checkpoint.store_id, position=checkpoint.position, fingerprint=checkpoint.fingerprint)
     if store is not None:
         return store, moment
-    if found.store is None:
+    if checkpoint.store is None:
         raise CheckpointError(f"{folder} does not say where its store is. Name it with `--store DIR`.")
-    return folder.parent / found.store, moment
+    return folder.parent / checkpoint.store, moment
 
 
 # -- log
@@ -157,9 +157,9 @@ def _log(arguments: argparse.Namespace) -> None:
         notes.setdefault(mark.position, []).append(mark.kind.name.lower())
     first = 0 if arguments.last is None else max(len(records) - arguments.last, 0)
     rows = _rows(records[first:], notes, first=first)
-    # A bar beside a table on one screen would tear both.
+    # A bar and a table on one screen would overwrite each other.
     with _progress("Writing", shown=not sys.stdout.isatty()) as progress:
-        shown = _counted(rows, len(records) - first, progress)
+        shown = _with_progress(rows, len(records) - first, progress)
         if arguments.json:
             for row in shown:
                 print(json.dumps(row, allow_nan=False))
@@ -168,7 +168,7 @@ def _log(arguments: argparse.Namespace) -> None:
 
 
 def _rows(records: Sequence["Record"], notes: dict[int, list[str]], *, first: int) -> Iterator[dict[str, Any]]:
-    """What the journal says of each step, as JSON values: numbers that are not finite are null."""
+    """Yield each step of the journal as JSON values; numbers that are not finite are null."""
     from zo2trl.zo.records import StepRecord
 
     for position, record in enumerate(records, first + 1):
@@ -184,15 +184,15 @@ def _rows(records: Sequence["Record"], notes: dict[int, list[str]], *, first: in
         yield {**finite, "skipped": not isinstance(record, StepRecord), "marks": notes.get(position, [])}
 
 
-def _counted(rows: Iterable[dict[str, Any]], total: int, progress: "Progress") -> Iterator[dict[str, Any]]:
+def _with_progress(rows: Iterable[dict[str, Any]], total: int, progress: "Progress") -> Iterator[dict[str, Any]]:
     for done, row in enumerate(rows):
-        if done % _ROWS_AT_ONCE == 0:
+        if done % _ROWS_PER_UPDATE == 0:
             progress("steps", done, total)
         yield row
 
 
 def _print_table(rows: Iterable[dict[str, Any]]) -> None:
-    """Fixed columns within 80 characters: a million rows take seconds and no memory, which rich's tables do not."""
+    """Print fixed columns within 80 characters: unlike rich's tables, a million rows take seconds and no memory."""
     print(_line(_COLUMNS))
     print("-" * 80)
     for row in rows:
@@ -213,12 +213,12 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield ", ".join((["skipped"] if row["skipped"] else []) + row["marks"])
 
 
-# -- small print
+# -- progress and logging
 
 
 @contextmanager
 def _progress(title: str, *, shown: bool = True) -> Iterator["Progress"]:
-    """A bar on stderr while the block runs, if somebody can see it."""
+    """Show a progress bar on stderr while the block runs, if stderr is a terminal."""
     if not (shown and sys.stderr.isatty()):
         yield lambda what, done, total: None
         return
@@ -229,14 +229,14 @@ def _progress(title: str, *, shown: bool = True) -> Iterator["Progress"]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
 
-        def tell(what: str, done: int, total: int) -> None:
+        def update(what: str, done: int, total: int) -> None:
             bar.update(task, description=f"{title} {what}", completed=done, total=max(total, 1))
 
-        yield tell
+        yield update
 
 
 def be_quiet() -> None:
-    """transformers' and accelerate's own bars and advice would run into ours."""
+    """Turn off the bars and advice of transformers and accelerate, which would overwrite this command's."""
     from logging import ERROR, getLogger
 
     from transformers.utils import logging

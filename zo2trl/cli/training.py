@@ -1,9 +1,9 @@
-"""The commands that train: `sft`, `dpo` and `reward`, each TRL's script of that name under `accelerate launch`.
+"""This module has the commands that train: `sft`, `dpo` and `reward` run TRL's script under `accelerate launch`.
 
 Does not: train in this process; `trainers/scripts.py` does, in the processes that accelerate starts.
-Invariant: as in TRL, every argument reaches exactly one reader: what the script knows goes to it, whether from the
-command line or from the `--config` file, and the rest to `accelerate launch`. Nothing but options reaches it: the
-first positional is the script that it runs.
+Invariant: as in TRL, every argument reaches exactly one parser: the script's own arguments go to the script, whether
+from the command line or from the `--config` file, and the rest to `accelerate launch`. Only options may go there,
+because accelerate runs the first positional as a script.
 """
 
 import os
@@ -30,11 +30,11 @@ COMMANDS = {
 _MODULE = "zo2trl.trainers.scripts"
 _ACCELERATE_CONFIG = "--accelerate_config"
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no", "none")
-_CONFIGS = ("zo2trl", "trl")  # packages with bundled configurations of accelerate; ours first
+_CONFIGS = ("zo2trl", "trl")  # packages with bundled configurations of accelerate; the first one wins
 
 
 def add_commands(commands: Any) -> None:
-    """Add the three to the command line; their arguments are read by `run`."""
+    """Add the three commands to the command line; `run` reads their arguments."""
     for name, what in COMMANDS.items():
         parser = commands.add_parser(
             name, add_help=False, help=f"{what} with the arguments of `trl {name}`, those of zo2trl and of accelerate"
@@ -43,10 +43,10 @@ def add_commands(commands: Any) -> None:
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """Start one training and wait for it; its exit code.
+    """Start one training, wait for it and return its exit code.
 
     Raises:
-        ConfigError: the `--config` file or an argument cannot be read, or nobody knows it.
+        ConfigError: the `--config` file or an argument cannot be read, or no parser has the argument.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -58,22 +58,22 @@ def run(name: str, argv: Sequence[str]) -> int:
     _refuse_unread(from_line, name=name, known=known)
     for_launch = [*_as_flags(from_config, known), *from_line]
     arguments = [*_all_cores(with_config_file(for_launch)), "--module", _MODULE, name, *for_script]
-    asked = launcher.parse_args(arguments)
+    options = launcher.parse_args(arguments)
     try:
-        _warn_of_one_process(asked)
-        with _passing_signals_on(), _checked():
-            launch_command(asked)
-    except subprocess.CalledProcessError as error:  # it has said why
+        _warn_of_one_process(options)
+        with _forwarding_signals(), _marking_keys_checked():
+            launch_command(options)
+    except subprocess.CalledProcessError as error:  # the process has printed the reason
         return error.returncode if error.returncode > 0 else 128 - error.returncode
     except ChildFailedError as error:
         return next((failure.exitcode for failure in error.failures.values() if failure.exitcode > 0), 1)
-    except (FileNotFoundError, ValueError) as error:  # accelerate's own word on its arguments
+    except (FileNotFoundError, ValueError) as error:  # accelerate refused its arguments
         raise ConfigError(f"accelerate launch: {error}") from error
     return 0
 
 
 def _split(name: str, argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """(the launcher's arguments from the file, and from the line, the script's); `--help` prints these, and exits."""
+    """Split off the launcher's arguments from the file, those from the line, and the script's; `--help` exits here."""
     from zo2trl.trainers.scripts import make_parser, parse
 
     parser = make_parser(name, prog=f"zo2trl {name}")
@@ -82,7 +82,7 @@ def _split(name: str, argv: Sequence[str]) -> tuple[list[str], list[str], list[s
 
 
 def _as_flags(from_config: Sequence[str], known: Any) -> Iterator[str]:
-    """`--multi_gpu True`, which `multi_gpu: true` in a file becomes, as a command line has it."""
+    """Turn `--multi_gpu True`, which comes from `multi_gpu: true` in a file, into the flag `--multi_gpu`."""
     for option, value in zip(from_config[::2], from_config[1::2], strict=True):
         if getattr(known.get(option), "nargs", None) == 0:
             if value.lower() not in (*_TRUE, *_FALSE):
@@ -97,13 +97,13 @@ def _as_flags(from_config: Sequence[str], known: Any) -> Iterator[str]:
 
 
 def _without(argv: Sequence[str], ordered: Sequence[str]) -> list[str]:
-    """`argv` less a subsequence of it."""
+    """Return `argv` without a subsequence of it."""
     left = list(ordered)
     return [item for item in argv if not (left and item == left[0] and left.pop(0) is not None)]
 
 
 def _refuse_unread(arguments: Sequence[str], *, name: str, known: Any) -> None:
-    """Refuse what accelerate has no option for; a positional above all, which it would run instead of the training."""
+    """Refuse arguments that accelerate does not have, and positionals, which it would run instead of the training."""
     from zo2trl.trainers.scripts import refuse_positional
 
     is_value = False
@@ -126,45 +126,47 @@ def _refuse_unknown(options: Sequence[str], *, name: str, known: Any) -> None:
             refuse_unknown(option, name=name, others=[*known, _ACCELERATE_CONFIG])
 
 
-def _warn_of_one_process(asked: Any) -> None:
-    """Where accelerate makes one process of the several that were asked for, it does not say so."""
+def _warn_of_one_process(options: Any) -> None:
+    """Warn if accelerate will start one process instead of the several requested, which it does silently."""
     import torch
     from accelerate.commands.config import default_config_file, load_config_from_file
 
-    if (asked.num_processes or 1) < 2:
+    if (options.num_processes or 1) < 2:
         return
-    starts_several = asked.multi_gpu or asked.tpu or asked.use_deepspeed or asked.use_fsdp or asked.use_megatron_lm
-    if asked.config_file is not None or (Path(default_config_file).is_file() and not asked.cpu):
-        kind = load_config_from_file(asked.config_file).distributed_type
+    starts_several = (
+        options.multi_gpu or options.tpu or options.use_deepspeed or options.use_fsdp or options.use_megatron_lm
+    )
+    if options.config_file is not None or (Path(default_config_file).is_file() and not options.cpu):
+        kind = load_config_from_file(options.config_file).distributed_type
         starts_several = starts_several or str(getattr(kind, "value", kind)) != "NO"
     else:
         starts_several = starts_several or torch.cuda.device_count() > 1
-    if asked.cpu or not starts_several:
+    if options.cpu or not starts_several:
         print(
-            f"zo2trl: warning: `num_processes` is {asked.num_processes}, and accelerate starts one process where "
+            f"zo2trl: warning: `num_processes` is {options.num_processes}, and accelerate starts one process where "
             f"there are not several GPUs to train on. For several on CPUs: `torchrun --nproc_per_node "
-            f"{asked.num_processes} -m {_MODULE} ...`.",
+            f"{options.num_processes} -m {_MODULE} ...`.",
             file=sys.stderr,
         )
 
 
 def _all_cores(arguments: list[str]) -> list[str]:
-    """One process on a machine without a GPU computes with all cores, where accelerate would give it one."""
+    """Let one process on a machine without a GPU compute with all cores, where accelerate would give it one."""
     import torch
     from accelerate.commands.config import default_config_file
 
     given = {argument.partition("=")[0].replace("-", "_") for argument in arguments}
-    is_told = {"__num_cpu_threads_per_process", "__num_processes", "__config_file"} & given
-    if is_told or torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ or Path(default_config_file).is_file():
+    is_set = {"__num_cpu_threads_per_process", "__num_processes", "__config_file"} & given
+    if is_set or torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ or Path(default_config_file).is_file():
         return arguments
     return ["--num_cpu_threads_per_process", str(torch.get_num_threads()), *arguments]
 
 
 def with_config_file(arguments: Sequence[str]) -> list[str]:
-    """`--accelerate_config NAME_OR_PATH`, if it is there, as accelerate's own `--config_file PATH`.
+    """Replace `--accelerate_config NAME_OR_PATH`, if given, by accelerate's own `--config_file PATH`.
 
     Raises:
-        ConfigError: neither a file nor the name of a bundled configuration.
+        ConfigError: the value is neither a file nor the name of a bundled configuration.
     """
     option = _ACCELERATE_CONFIG
     arguments = [
@@ -186,7 +188,7 @@ def with_config_file(arguments: Sequence[str]) -> list[str]:
 
 
 def bundled_configs() -> dict[str, Path]:
-    """Name -> file of every configuration that comes with zo2trl, and then with TRL."""
+    """Map names to files of all configurations that come with zo2trl, and then with TRL."""
     found: dict[str, Path] = {}
     for package in _CONFIGS:
         folder = Path(str(resources.files(package))) / "accelerate_configs"
@@ -196,8 +198,8 @@ def bundled_configs() -> dict[str, Path]:
 
 
 @contextmanager
-def _checked() -> Iterator[None]:
-    """Tell the processes of the training that accelerate's own keys in the file have been read here."""
+def _marking_keys_checked() -> Iterator[None]:
+    """Mark in the environment that accelerate's keys in the file were checked here, for the training's processes."""
     from zo2trl.trainers.scripts import CHECKED
 
     before = os.environ.get(CHECKED)
@@ -212,18 +214,18 @@ def _checked() -> Iterator[None]:
 
 
 @contextmanager
-def _passing_signals_on() -> Iterator[None]:
-    """Who asks this process to end means the training, which then brings its journal to a good end by itself.
+def _forwarding_signals() -> Iterator[None]:
+    """Pass SIGTERM on to the training, which ends its journal properly by itself, and outlive SIGINT.
 
     A terminal sends Ctrl-C to both; a process manager sends SIGTERM to this one only.
     """
 
-    def pass_on(number: int, frame: Any) -> None:
+    def forward(number: int, frame: Any) -> None:
         if number == signal.SIGTERM:
             for child in psutil.Process().children():
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
