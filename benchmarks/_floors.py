@@ -1,6 +1,6 @@
-"""What no step can beat: bare forwards, raw copies and bare reads, measured in the run that is judged by them.
+"""This module measures lower bounds of a step: bare forwards, raw copies and bare reads, in the run they bound.
 
-Reading and writing a drive is done here without a line of the package's own readers.
+Does not: read or write a drive with the package's own readers.
 """
 
 import math
@@ -35,7 +35,7 @@ COPY_BYTES = 1 << 30
 
 
 def two_forwards_s(model: Any, ids: torch.Tensor, *, repeats: int) -> float:
-    """Two forwards with a loss, nothing else; `ids` are [batch, tokens] on the device."""
+    """Time two forwards with a loss; `ids` are [batch, tokens] on the device."""
 
     def forwards() -> None:
         with torch.no_grad():
@@ -46,7 +46,7 @@ def two_forwards_s(model: Any, ids: torch.Tensor, *, repeats: int) -> float:
 
 
 def copy_rates() -> dict[str, float]:
-    """GB/s between pinned host memory and the device: up, down, and each way with both at once."""
+    """Measure GB/s between pinned host memory and the device: up, down, and each way with both at once."""
     hosts = [torch.zeros(COPY_BYTES, dtype=torch.uint8) for _ in range(2)]
     for host in hosts:
         pin(host)
@@ -75,29 +75,29 @@ def copy_rates() -> dict[str, float]:
 
 # -- a drive
 
-DEPTHS = ((4, 8 << 20), (8, 4 << 20), (16, 4 << 20))  # threads, bytes each has under way
+DEPTHS = ((4, 8 << 20), (8, 4 << 20), (16, 4 << 20))  # threads, bytes that each has in flight
 MAX_RAW_BYTES = 4 << 30  # read for one figure
 RAW_WRITES = 3
-BLOCK_BYTES = 4096  # what direct reads and writes want of offsets, addresses and lengths
+BLOCK_BYTES = 4096  # offsets, addresses and lengths of direct reads and writes are multiples of it
 
 Extent = tuple[Path, int]
-"""A file, and how many bytes of it to read from its start."""
+"""An Extent is a file, and the number of bytes to read from its start."""
 
 
 @dataclass(frozen=True)
 class DriveRates:
-    """GB/s of bare direct reads and writes."""
+    """DriveRates holds GB/s of bare direct reads and writes."""
 
     read: float
     write: float
-    threads: int  # with which reading was fastest
+    threads: int  # the number with which reading was fastest
     piece_bytes: int
 
 
 def drive_rates(extents: Sequence[Extent], *, like: DriveRates | None = None) -> DriveRates:
-    """Bare reads of these files, at the queue depth that suits the drive best, and bare writes beside them.
+    """Measure bare reads of these files, at the fastest queue depth, and bare writes beside them.
 
-    `like`: measure at the depth found then.
+    `like` gives earlier rates, whose depth is used again.
     """
     depths = DEPTHS if like is None else ((like.threads, like.piece_bytes),)
     extents = spread_over(extents, MAX_RAW_BYTES)
@@ -110,13 +110,13 @@ def drive_rates(extents: Sequence[Extent], *, like: DriveRates | None = None) ->
 
 
 def spread_over(extents: Sequence[Extent], max_bytes: int) -> list[Extent]:
-    """As many of the files, evenly chosen, as hold about so many bytes."""
+    """Choose files evenly so that they hold about `max_bytes`."""
     every = math.ceil(sum(length for _, length in extents) / max_bytes)
     return [(path, length // BLOCK_BYTES * BLOCK_BYTES) for path, length in extents[:: max(every, 1)]]
 
 
 def raw_read_s(extents: Sequence[Extent], *, threads: int, piece_bytes: int) -> float:
-    """Seconds to read these bytes past the page cache into a buffer per thread, which nobody looks at."""
+    """Measure the seconds to read these bytes past the page cache into a buffer per thread, without using them."""
     with ExitStack() as files:
         fds = [files.enter_context(_open_direct(path, os.O_RDONLY)) for path, _ in extents]
         pieces = [
@@ -133,7 +133,7 @@ def raw_read_s(extents: Sequence[Extent], *, threads: int, piece_bytes: int) -> 
 
 
 def raw_write_s(folder: Path, n_bytes: int, *, threads: int = 4, piece_bytes: int = 8 << 20) -> float:
-    """Seconds to write so many bytes past the page cache into a file whose room is reserved, and to sync it."""
+    """Measure the seconds to write `n_bytes` past the page cache into a preallocated file, and to sync it."""
     n_bytes = max(n_bytes // BLOCK_BYTES, 1) * BLOCK_BYTES
     path = folder / "raw_write.tmp"
     try:
@@ -170,18 +170,18 @@ def _in_threads(
     threads: int,
     piece_bytes: int,
 ) -> float:
-    """Seconds until all pieces (descriptor, start, length) were worked on; each thread takes the next one."""
+    """Measure the seconds for `work` on all pieces (descriptor, start, length); each thread takes the next one."""
     left = iter(pieces)
     buffers = [mmap.mmap(-1, piece_bytes) for _ in range(threads)]
     noise = os.urandom(BLOCK_BYTES)  # a drive may skip zeros
     for buffer in buffers:
         buffer.write((noise * (piece_bytes // BLOCK_BYTES + 1))[:piece_bytes])
 
-    def take_turns(buffer: mmap.mmap) -> None:
+    def work_on_pieces(buffer: mmap.mmap) -> None:
         for fd, start, length in left:
             work(buffer, fd, start, length)
 
     with ThreadPoolExecutor(threads) as pool:
         started_s = time.perf_counter()
-        list(pool.map(take_turns, buffers))
+        list(pool.map(work_on_pieces, buffers))
         return time.perf_counter() - started_s

@@ -1,4 +1,4 @@
-"""Judging a step: its time, over what bounds it.
+"""This module compares the time of a step with its lower bounds.
 
 Does not: measure anything.
 """
@@ -16,25 +16,25 @@ __all__ = ["Steps", "bounds_ms", "drive_floors", "judged", "line"]
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps that were timed; the sum of two has the steps of both."""
+    """Steps holds timed steps; the sum of two has the steps of both."""
 
     seconds: list[float] = field(default_factory=list)
     moved: Counter[str] = field(default_factory=Counter)
-    """Bytes, by link, of all of them."""
+    """These are the bytes of all steps by link."""
     cpu_s: float = 0.0
 
     def __add__(self, other: "Steps") -> "Steps":
-        """Both."""
+        """Return the steps of both."""
         return Steps([*self.seconds, *other.seconds], self.moved + other.moved, self.cpu_s + other.cpu_s)
 
 
 def bounds_ms(n_bytes: Mapping[str, float], floors: Mapping[str, float], *, compute_ms: float) -> dict[str, float]:
-    """Milliseconds that a step takes at least, by what bounds it: bytes of a step by link over GB/s of each link."""
+    """Compute lower bounds of a step in milliseconds: bytes of a step by link over GB/s of each link."""
     up, down = n_bytes["h2d"], n_bytes["d2h"]
     bounds = {
         "compute": compute_ms,
         "upload": up / floors["up_gb_s"] / 1e6,
-        # What goes down shares the link with what comes up: measured both at once, each way gets less.
+        # Downloads share the link with uploads: with both at once each way is slower.
         "both ways": min(up, down) / floors["each_way_gb_s"] / 1e6 + max(up - down, 0.0) / floors["up_gb_s"] / 1e6,
     }
     if n_bytes["disk_read"]:
@@ -45,7 +45,7 @@ def bounds_ms(n_bytes: Mapping[str, float], floors: Mapping[str, float], *, comp
 
 
 def judged(step_s: list[float], n_bytes: Mapping[str, float], bounds: Mapping[str, float]) -> dict[str, Any]:
-    """A step's time, beside its bounds; the mean where a drive is read, for not every step writes as much there."""
+    """Divide a step's time by its bounds; with a drive it is the mean, because steps write different amounts there."""
     mean_ms, median_ms = statistics.mean(step_s) * 1e3, statistics.median(step_s) * 1e3
     judged_ms = mean_ms if n_bytes["disk_read"] else median_ms
     bound = max(bounds, key=lambda name: bounds[name])
@@ -64,7 +64,7 @@ def judged(step_s: list[float], n_bytes: Mapping[str, float], bounds: Mapping[st
 
 
 def drive_floors(drive: list[DriveRates]) -> dict[str, float]:
-    """One rate of those before and between the steps: as if as many bytes had been moved at each."""
+    """Average the rates from before and between the steps, as if equally many bytes had been moved at each."""
     return {
         "disk_read_gb_s": statistics.harmonic_mean(one.read for one in drive),
         "disk_write_gb_s": statistics.harmonic_mean(one.write for one in drive),
@@ -72,7 +72,7 @@ def drive_floors(drive: list[DriveRates]) -> dict[str, float]:
 
 
 def line(label: str, row: Mapping[str, Any]) -> str:
-    """What a run shows while it goes on."""
+    """Format the line that a run prints for one mode."""
     over = " ".join(f"{ratio:.3f} x {name}," for name, ratio in row["over"].items())
     names = {"allocator_peak": "allocated", "reserved_peak": "reserved", "device_used": "used"}
     memory = ", ".join(f"{row[f'{key}_bytes'] / 1e9:.2f} {name}" for key, name in names.items())

@@ -1,4 +1,4 @@
-"""What every benchmark here shares: timing with a warm-up, and a result file that names machine and command."""
+"""This module times calls after a warm-up, and writes result files that name machine and command."""
 
 import argparse
 import json
@@ -19,12 +19,12 @@ __all__ = ["add_out", "command", "machine", "median_seconds", "save_report", "wr
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """The `--out` option: where the JSON goes."""
+    """Add the `--out` option for the JSON file."""
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
 
 
 def median_seconds(run: Callable[[], Any], *, repeats: int, warm_up: int = 1) -> float:
-    """Median wall time of `run` over `repeats` calls after `warm_up` unmeasured ones."""
+    """Measure the median wall time of `run` over `repeats` calls after `warm_up` unmeasured ones."""
     seconds: list[float] = []
     for _ in range(warm_up + repeats):
         started_s = time.perf_counter()
@@ -36,7 +36,7 @@ def median_seconds(run: Callable[[], Any], *, repeats: int, warm_up: int = 1) ->
 
 
 def machine() -> dict[str, Any]:
-    """Enough about this machine and its software to read a figure by."""
+    """Describe this machine and its software, so that a figure can be interpreted."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": platform.processor() or platform.machine(),
@@ -52,7 +52,7 @@ def machine() -> dict[str, Any]:
 
 
 def command(argv: list[str]) -> str:
-    """What was called, without the folders of this machine: of an absolute path its name is left."""
+    """Return the command line without the folders of this machine: an absolute path is cut to its name."""
     shown = []
     for argument in argv[1:]:
         option, equals, value = argument.rpartition("=")
@@ -61,13 +61,13 @@ def command(argv: list[str]) -> str:
 
 
 def write_report(out: Path | None, **results: Any) -> None:
-    """Print the results, and save them if a file was asked for."""
+    """Print the results, and save them if `out` is given."""
     print(json.dumps(_report(results), indent=1))
     save_report(out, **results)
 
 
 def save_report(out: Path | None, **results: Any) -> None:
-    """Write the results with machine and command if a file was asked for."""
+    """Write the results with machine and command if `out` is given."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(_report(results), indent=1) + "\n")

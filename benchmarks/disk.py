@@ -1,11 +1,12 @@
-"""Reading units from disk: the store's own way, beside bare direct reads of the same files in the same run.
+"""Compare the store's reads of units from disk with bare direct reads of the same files in the same run.
 
     python -m benchmarks.disk --out benchmarks/results/disk.json
 
-Makes files of transformer-block-shaped units with random bytes in `--folder`, then reads the same ones in turns: bare
-(O_DIRECT `preadv` at the queue depth that suits the drive best, nothing done with the bytes) and through the store
-(homes, prefetcher, staging, and the upload if there is a GPU), with checksums compared by sampling, with all of them
-compared, and through the page cache, cold. Rates are medians; CPU seconds are those of all threads of the process.
+The benchmark makes files of transformer-block-shaped units with random bytes in `--folder`, then reads the same ones
+in turns: bare (O_DIRECT `preadv` at the fastest queue depth, without using the bytes) and through the store
+(residency, prefetcher, staging, and the upload if there is a GPU), with checksums compared by sampling, with all of
+them compared, and through the page cache, cold. Rates are medians; CPU seconds are those of all threads of the
+process.
 """
 
 import argparse
@@ -41,15 +42,15 @@ Sample = tuple[float, float]  # seconds, CPU seconds
 
 
 class ThroughPageCache(FS):
-    """A file system without direct reads."""
+    """ThroughPageCache is a file system without direct reads."""
 
     def can_read_direct(self, fd: int) -> bool:
-        """It cannot."""
+        """Return that it cannot."""
         return False
 
 
 def main() -> None:
-    """Make the files, read them in turns, report."""
+    """Make the files, read them in turns, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure; default: here")
     parser.add_argument("--hidden", type=int, default=4096, help="width of the blocks: 24 x its square bytes each")
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 class Block(nn.Module):
-    """The parameters of an OPT block, without the memory for them."""
+    """A Block has the parameters of an OPT block, without memory for them."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Blocks, and nothing outside them."""
+    """A Model has blocks, and nothing outside them."""
 
     _no_split_modules = ("Block",)
 
@@ -87,12 +88,12 @@ class Model(nn.Module):
 
 
 def random_bits(spec: TensorSpec) -> torch.Tensor:
-    """Any bytes will do."""
+    """Draw random bytes for a tensor."""
     return torch.randint(0, 256, (spec.n_bytes,), dtype=torch.uint8).view(spec.dtype).view(spec.shape)
 
 
 def measure(folder: Path, *, hidden: int, n_units: int, repeats: int) -> dict[str, object]:
-    """GB/s and CPU seconds per GB of every way, in turns."""
+    """Measure GB/s and CPU seconds per GB of every way of reading, in turns."""
     layout = plan_layout(Model(hidden, n_units))
     samples: dict[str, list[Sample]] = {}
     with opened(layout, folder, LOCAL) as direct, opened(layout, folder, ThroughPageCache(), like=direct) as cached:
@@ -110,7 +111,7 @@ def measure(folder: Path, *, hidden: int, n_units: int, repeats: int) -> dict[st
         through_store(direct, check_all=True)
         through_store(cached, check_all=True)
         for turn in range(repeats):
-            for name in [*ways][turn % len(ways) :] + [*ways][: turn % len(ways)]:  # nobody always comes after another
+            for name in [*ways][turn % len(ways) :] + [*ways][: turn % len(ways)]:  # none always comes first
                 samples.setdefault(name, []).append(ways[name]())
     n_bytes = sum(length for _, length in extents)
     rows = {name: row(taken, n_bytes) for name, taken in samples.items()}
@@ -131,7 +132,7 @@ def measure(folder: Path, *, hidden: int, n_units: int, repeats: int) -> dict[st
 
 
 def reads_directly(path: Path) -> bool:
-    """Whether the store reads this file past the page cache."""
+    """Return whether the store reads this file past the page cache."""
     fd = LOCAL.open(path)
     try:
         return LOCAL.can_read_direct(fd)
@@ -140,7 +141,7 @@ def reads_directly(path: Path) -> bool:
 
 
 def row(samples: list[Sample], n_bytes: int) -> dict[str, float]:
-    """Medians, and the range of the rates."""
+    """Compute medians, and the range of the rates."""
     rates = [n_bytes / seconds / 1e9 for seconds, _ in samples]
     return {
         "gb_s": statistics.median(rates),
@@ -153,14 +154,14 @@ def row(samples: list[Sample], n_bytes: int) -> dict[str, float]:
 
 @contextmanager
 def timing(samples: list[Sample]) -> Iterator[None]:
-    """Wall and CPU seconds of the block."""
+    """Append wall and CPU seconds of the block to `samples`."""
     started_s, cpu_started_s = time.perf_counter(), time.process_time()
     yield
     samples.append((time.perf_counter() - started_s, time.process_time() - cpu_started_s))
 
 
 def bare(extents: list[Extent], depth: DriveRates) -> Sample:
-    """Direct reads at the depth that suits the drive best; nobody looks at the bytes."""
+    """Time direct reads at the fastest queue depth, without using the bytes."""
     cpu_started_s = time.process_time()
     read_s = raw_read_s(extents, threads=depth.threads, piece_bytes=depth.piece_bytes)
     return read_s, time.process_time() - cpu_started_s
@@ -168,7 +169,7 @@ def bare(extents: list[Extent], depth: DriveRates) -> Sample:
 
 @contextmanager
 def opened(layout: Layout, folder: Path, fs: FS, *, like: Residency | None = None) -> Iterator[Residency]:
-    """Residency of all units in new files of a folder, or in the files of other homes."""
+    """Open a residency of all units in new files of a folder, or in the files of another residency."""
     files = UnitFiles(folder, fs=fs)
     tiers = Tiers(gpu=DeviceTier(DEVICE), cpu=HostTier([], pinned=False), disk=DiskTier(files, fs=fs))
     placement = place(layout, Budgets(device="min", cpu=0))
@@ -186,9 +187,9 @@ def opened(layout: Layout, folder: Path, fs: FS, *, like: Residency | None = Non
 
 
 def through_store(residency: Residency, *, check_all: bool, cold: Path | None = None) -> Sample:
-    """Every unit once, in the steady state of a prefetcher whose ring is never full for long.
+    """Time reading every unit once, in the steady state of a prefetcher whose ring is never full for long.
 
-    `cold`: drop what is cached of the files in a folder.
+    `cold` is a folder whose files are dropped from the page cache before each read.
     """
     segments = residency.layout.segments
     largest = max(segment.n_bytes for segment in segments)
@@ -213,7 +214,7 @@ def through_store(residency: Residency, *, check_all: bool, cold: Path | None = 
 
 
 def forget(folder: Path) -> None:
-    """Drop the page cache of every file in a folder."""
+    """Drop every file in a folder from the page cache."""
     for path in folder.iterdir():
         fd = os.open(path, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,10 +1,10 @@
-"""What the journal costs: time and bytes per step, and the time to open a long one.
+"""Measure the journal: time and bytes per step, and the time to open a long one.
 
     python -m benchmarks.journal --out benchmarks/results/journal.json
 
 Appends alternate with a bare write + fdatasync of 64 bytes to a file beside the journal, so that both meet the same
-disk in the same state; `--folder` says on which. The long journal is written without syncs and opened by fresh
-processes, one after the other: memory that a process already has would flatter the second opening.
+disk in the same state; `--folder` selects the disk. The long journal is written without syncs and opened by fresh
+processes, one after the other: memory that a process already has would make the second opening faster.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from zo2trl.files.fs import LOCAL
 from zo2trl.journal.journal import GROWTH, RECORD_BYTES, Journal
 from zo2trl.zo.records import StepRecord
 
-HEADER_BYTES = 64  # of the empty header used here
+HEADER_BYTES = 64  # size of the empty header used here
 WARM_UP = 50
 
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def some_step(number: int, draw: random.Random) -> StepRecord:
-    """One direction, and no float that repeats."""
+    """Draw a step with one direction and no float that repeats."""
     return StepRecord(
         step=number, seed=draw.getrandbits(64), projected_grads=(draw.gauss(0, 1),), learning_rate=1e-6 / (1 + number),
         weight_decay=0.0, zo_eps=1e-3, loss_plus=draw.random(), loss_minus=draw.random(), grad_norm=draw.random(),
@@ -52,14 +52,14 @@ def some_step(number: int, draw: random.Random) -> StepRecord:
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """Of one call."""
+    """Measure the milliseconds of one call."""
     started_s = time.perf_counter()
     work()
     return (time.perf_counter() - started_s) * 1e3
 
 
 def measure_appends(folder: Path, *, n_appends: int) -> dict[str, float]:
-    """Milliseconds of durable appends and of bare writes, in turns; bytes per step."""
+    """Measure milliseconds of durable appends and of bare writes, in turns, and bytes per step."""
     draw = random.Random(0)
     append_ms: list[float] = []
     bare_ms: list[float] = []
@@ -94,7 +94,7 @@ def measure_appends(folder: Path, *, n_appends: int) -> dict[str, float]:
 
 
 def measure_opening(folder: Path, *, n_records: int, n_openings: int) -> dict[str, object]:
-    """Seconds to open a journal of many steps."""
+    """Measure the seconds to open a journal of many steps."""
     path, draw = folder / "long", random.Random(0)
     with Journal.create(path, header={}, sync_every=0) as journal:
         for number in range(n_records):
@@ -110,13 +110,13 @@ def measure_opening(folder: Path, *, n_records: int, n_openings: int) -> dict[st
 
 
 def open_in_new_process(path: Path) -> float:
-    """Seconds of the opening alone."""
+    """Measure the seconds of the opening alone."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(opening_seconds, path).result()
 
 
 def opening_seconds(path: Path) -> float:
-    """Open a journal for writing, as a resumed run does."""
+    """Time opening a journal for writing, as a resumed run does."""
     started_s = time.perf_counter()
     journal = Journal.open(path)
     seconds = time.perf_counter() - started_s

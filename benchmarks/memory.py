@@ -1,10 +1,10 @@
-"""How much memory training a model from disk takes: the peak of the process's anonymous memory.
+"""Measure the memory of training a model from disk: the peak of the process's anonymous memory.
 
     python -m benchmarks.memory --out benchmarks/results/memory_cpu.json
 
-Makes a random 500 M-parameter Llama-shaped checkpoint (fp32, tied vocabulary of 8192 words, 2 GB on disk) in a
-child process, then trains it from disk with `device_memory="256MB", cpu_memory="256MB"`. Anonymous memory is what
-the process needs for itself; pages of mapped files are the kernel's to drop at any time.
+The benchmark makes a random 500 M-parameter Llama-shaped checkpoint (fp32, tied vocabulary of 8192 words, 2 GB on
+disk) in a child process, then trains it from disk with `device_memory="256MB", cpu_memory="256MB"`. Anonymous memory
+is what the process needs for itself; the kernel may drop pages of mapped files at any time.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def make_checkpoint(folder: Path) -> None:
-    """About 500 M parameters in fp32."""
+    """Write a checkpoint of about 500 M parameters in fp32."""
     config = LlamaConfig(
         vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=38, num_attention_heads=16,
         num_key_value_heads=16, tie_word_embeddings=True, max_position_embeddings=512,
@@ -52,7 +52,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def train(checkpoint: Path, output: Path, *, n_steps: int) -> dict[str, object]:
-    """Train a few steps and save; anonymous memory before, after opening, and at its peak."""
+    """Train a few steps and save; return anonymous memory after the imports and at its peak."""
     from zo2trl import ZOConfig, ZOTrainer
 
     imported = anonymous_bytes()
@@ -81,7 +81,7 @@ def train(checkpoint: Path, output: Path, *, n_steps: int) -> dict[str, object]:
 
 
 class Peak:
-    """Samples the process's anonymous memory in a thread while the block runs."""
+    """A Peak samples the process's anonymous memory in a thread while the block runs."""
 
     n_bytes = 0
 
@@ -101,7 +101,7 @@ class Peak:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs: RssAnon, and RssShmem, where the ring's memory counts."""
+    """Read the memory of this process that no file backs: RssAnon, and RssShmem, which includes the ring."""
     sizes = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(sizes[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 

@@ -1,10 +1,10 @@
-"""Which direction and which rounding learn best: several seeds of the demo task, everything on the device.
+"""Compare how directions and roundings learn on several seeds of the demo task, with everything on the device.
 
     python -m benchmarks.noise --seeds 5 --out benchmarks/results/noise.json
 
 For each seed an OPT is pretrained once; every variant then fine-tunes it for the same number of steps on the same
-batches. Reported per variant: held-out accuracy at checkpoints on the way and the mean training loss over the last
-fifth of the steps (mean and worst over the seeds).
+batches. The report has per variant the held-out accuracy at checkpoints on the way and the mean training loss over the
+last fifth of the steps (mean and worst over the seeds).
 """
 
 import argparse
@@ -30,7 +30,7 @@ BATCH_SIZE, LEARNING_RATE, ZO_EPS = 32, 2e-4, 1e-3
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take a step."""
+    """A Variant is one way to take a step."""
 
     name: str
     direction: str
@@ -80,7 +80,7 @@ def fine_tune(
     seed: int,
     n_steps: int,
 ) -> dict[str, Any]:
-    """Accuracy on the way and the loss at the end of one run."""
+    """Fine-tune once and return accuracies on the way and the loss at the end."""
     model.to(variant.dtype).eval()
     rng = random.Random(seed)
     accuracies: dict[int, float] = {}
@@ -106,20 +106,20 @@ def fine_tune(
 
 
 def verdict_batch(tokenizer: PreTrainedTokenizerBase, reviews: list[task.Review]) -> tuple[Any, torch.Tensor]:
-    """Prompts and the token that should follow each."""
+    """Tokenize prompts and the token that should follow each."""
     batch = tokenizer([r.prompt for r in reviews], padding=True, padding_side="right", return_tensors="pt")
     return batch, torch.tensor([tokenizer.convert_tokens_to_ids(r.verdict) for r in reviews])
 
 
 def verdict_loss(model: PreTrainedModel, batch: Any, wanted: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the verdict, in fp32."""
+    """Compute the cross-entropy of the verdict in fp32."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     last = batch["attention_mask"].sum(dim=1) - 1
     return cross_entropy(logits[torch.arange(len(wanted)), last].float(), wanted)
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and worst over the seeds."""
+    """Compute mean and worst over the seeds."""
     table: dict[str, Any] = {}
     for name, results in runs.items():
         steps = list(results[0]["accuracy"])

@@ -1,9 +1,9 @@
-"""How many elements per second one core draws: signs, normal deviates and rounding bits.
+"""Measure how many signs, normal deviates and rounding bits one core draws per second.
 
     python benchmarks/noise_speed.py --out noise_speed.json
 
-Prints M elements/s (median and best of the repeats) for several chunk sizes and writes them as JSON. On a CUDA device
-(`--device cuda`) it times the GPU kernels instead.
+The benchmark prints M elements/s (median and best of the repeats) for several chunk sizes and writes them as JSON. On
+a CUDA device (`--device cuda`) it times the GPU kernels instead.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Fill = Callable[[torch.Tensor, int, TileMap], None]
 
 
 def rates(fill: Fill, out: torch.Tensor, *, chunk_tiles: int, repeats: int) -> list[float]:
-    """M elements/s of each repeat of filling `out` chunk by chunk."""
+    """Measure M elements/s of each repeat of filling `out` chunk by chunk."""
     n_tiles = out.numel() // TILE
     tiles = TileMap.for_tensors([(7, out.numel())])
     chunks = [(i * TILE, tiles.slice(i, i + chunk_tiles)) for i in range(0, n_tiles, chunk_tiles)]

@@ -1,4 +1,4 @@
-"""Losses and final weights of many small trainings, as one file that two versions of the code can be compared by.
+"""Write losses and final weights of many small trainings to a file, to compare two versions of the code.
 
 Run it before a change that must not alter a bit, run it after, and compare the two files::
 
@@ -32,7 +32,7 @@ from zo2trl import ZOConfig, ZODPOConfig, ZODPOTrainer, ZOTrainer
 
 N_STEPS = 6
 ROWS, LENGTH, VOCABULARY = 4, 24, 96
-TILE = 4096  # elements: what a tensor takes in a unit is a multiple of so many
+TILE = 4096  # elements; a tensor takes a multiple of these in a unit
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "opt": lambda: OPTConfig(
         vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=5, num_attention_heads=4,
@@ -50,13 +50,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }  # fmt: skip
 PLACES: dict[str, dict[str, Any]] = {
     "resident": {"device_memory": "1GB", "cpu_memory": 0},
-    "three tiers": {},  # budgets by the model's size: see `three_tiers`
+    "three tiers": {},  # `three_tiers` computes budgets from the model's size
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training."""
+    """A Case is one training."""
 
     family: str
     dtype: str
@@ -66,13 +66,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people and for comparing."""
+        """Name the case, for messages and as the key of its results."""
         beside = "".join(f" {name}={value}" for name, value in self.arguments.items())
         return f"{self.family} {self.dtype} {self.place} {self.kind}{beside}"
 
 
 def cpu_cases() -> Iterator[Case]:
-    """Three families, two dtypes, two places; LoRA, DPO and accumulation."""
+    """Yield three families in two dtypes and two places, then LoRA, DPO, accumulation and Gaussian noise."""
     for family in FAMILIES:
         for dtype in ("float32", "bfloat16"):
             for place in PLACES:
@@ -84,21 +84,21 @@ def cpu_cases() -> Iterator[Case]:
 
 
 def gpu_cases() -> Iterator[Case]:
-    """What the kernels do: both streams of noise, resident and streamed."""
+    """Yield cases for the kernels: both kinds of noise, resident and streamed."""
     for family, direction in (("opt", "rademacher"), ("llama", "gaussian")):
         for place in PLACES:
             yield Case(family, "bfloat16", place, "full", {"direction": direction, "num_directions": 2})
 
 
 def make_model(case: Case) -> PreTrainedModel:
-    """The same random weights at every call."""
+    """Make a model with the same random weights at every call."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(FAMILIES[case.family]())
     return model.to(getattr(torch, case.dtype))
 
 
 def three_tiers(model: PreTrainedModel) -> dict[str, Any]:
-    """As little of the device as works, and host memory for two or so of the blocks."""
+    """Compute budgets: as little of the device as works, and host memory for about half of the blocks."""
     parameters = [p for block in _blocks(model) for p in block.parameters()]
     n_bytes = sum(-(-p.numel() // TILE) * TILE * p.element_size() for p in parameters)
     return {"device_memory": "min", "cpu_memory": int(0.5 * n_bytes)}
@@ -160,7 +160,7 @@ def _dpo_trainer(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
 
 
 def run_case(case: Case) -> dict[str, Any]:
-    """Train, and say what came out."""
+    """Train, and return losses, digest of the weights, and tiers."""
     folder = Path(tempfile.mkdtemp(prefix="same-bits-"))
     try:
         trainer = _trainer(case, folder)

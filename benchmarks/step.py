@@ -1,4 +1,4 @@
-"""What a step costs over the forwards it is made of, with everything on the device.
+"""Measure what a step costs beyond its two forwards, with everything on the device.
 
     python -m benchmarks.step --out benchmarks/results/step_cpu.json
 
@@ -25,7 +25,7 @@ DRAWS_PER_STEP = 3
 
 
 def make_model() -> LlamaForCausalLM:
-    """About 100 M parameters in fp32."""
+    """Build a model of about 100 M parameters in fp32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=13, num_attention_heads=12,
@@ -35,7 +35,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 def draw_all(engine: Engine) -> None:
-    """Every trainable element once, in the chunks that a step draws."""
+    """Draw noise for every trainable element once, in the chunks of a step."""
     rule = engine.store.rule
     for segment in engine.store.layout.segments:
         for span in segment.spans:
@@ -63,7 +63,7 @@ def main() -> None:
             loss()
             loss()
 
-    plain = median_seconds(two_forwards, repeats=3)  # once without hooks, to see what they cost a plain forward
+    plain = median_seconds(two_forwards, repeats=3)  # without hooks, to show what they cost a plain forward
     with tempfile.TemporaryDirectory() as folder:
         engine = open_engine(
             model,
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _round(engine: Engine, bare: LlamaForCausalLM, ids: torch.Tensor, number: int) -> dict[str, float]:
-    """One of each, close together in time, so that what else the machine does falls on all of them."""
+    """Time one of each, close together in time, so that other load on the machine slows all of them."""
 
     def forwards() -> None:
         with torch.no_grad():
@@ -104,7 +104,7 @@ def _round(engine: Engine, bare: LlamaForCausalLM, ids: torch.Tensor, number: in
     step.calls = 0
     forwards_s = median_seconds(forwards, repeats=1, warm_up=int(number == 0))
     noise_s = DRAWS_PER_STEP * median_seconds(lambda: draw_all(engine), repeats=1, warm_up=int(number == 0))
-    step_s = median_seconds(step, repeats=2, warm_up=1)  # the first has nothing to catch up with
+    step_s = median_seconds(step, repeats=2, warm_up=1)  # the first has no pending update to apply
     return {
         "two_forwards_s": forwards_s,
         "noise_s": noise_s,

@@ -1,16 +1,16 @@
-"""A step on a GPU in every mode, against bare forwards, raw copies and raw reads measured in the same run.
+"""Measure a step on a GPU in every mode, against bare forwards, raw copies and raw reads of the same run.
 
     python -m benchmarks.step_gpu --model opt-13b --out benchmarks/results/step_gpu_opt_13b.json
     python -m benchmarks.step_gpu --model opt-13b --modes budget --budgets 6GB 12GB 18GB 24GB
 
-OPT or Llama by size name with random weights made on the GPU, full fine-tuning with SGD, one batch of 1 x 2048 tokens.
-Reported per mode: median and least step time and tokens per second, what bounds it and the ratio to each bound, bytes
-per step and link, and the peaks of the allocator, of what it has reserved, of the device, of pinned and of anonymous
+The model is OPT or Llama by size name with random weights made on the GPU; training is full fine-tuning with SGD on
+one batch of 1 x 2048 tokens. The report has per mode the median and least step time, tokens per second, the bounds and
+the ratio to each, bytes per step and link, and peaks: allocated, reserved and used device memory, pinned and anonymous
 host memory. One engine serves all modes: its units move.
 
-Machines are shared, and drives with them: one reads twice as fast at one moment as at the next. Where units live on
-disk, steps are measured in turns with bare reads of the very same files and writes of a unit's size. Such a mode goes
-on stepping until a unit is written back, and is judged by its mean step, for not every step writes as much.
+Machines and their drives are shared, so that a drive may read twice as fast at one moment as at the next. Where units
+live on disk, steps are measured in turns with bare reads of the same files and writes of a unit's size. Such a mode
+steps until a unit is written back, and counts by its mean step, because steps write different amounts.
 """
 
 import argparse
@@ -54,10 +54,10 @@ OPT = {
 LLAMA = {"llama-1b": (16, 2048, 8192, 32), "llama-8b": (32, 4096, 14336, 32)}
 LINKS = ("h2d", "d2h", "disk_read", "disk_written")
 EVERYTHING = 1 << 40
-ROOM_FOR_A_PASS = 260 << 20  # of a 13B model over 2,048 tokens
-STEADY = 4  # steps before measuring: kernels compile, the ring fills, the first write-backs happen
-STEADY_ON_DISK = 2  # besides those up to the first write-back; such steps take seconds
-QUIET_S = 0.3  # without a read or a write: nothing is being fetched
+ROOM_FOR_A_PASS = 260 << 20  # activations of a 13B model over 2,048 tokens
+STEADY = 4  # steps before measuring, in which kernels compile, the ring fills, and the first write-backs happen
+STEADY_ON_DISK = 2  # in addition to those up to the first write-back; such steps take seconds
+QUIET_S = 0.3  # without a read or a write no fetch is in flight
 
 BLOCK, LEAF = "block", "leaf"
 MODES: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ MODES: dict[str, dict[str, Any]] = {
     "mixed": {"device": "a quarter", "cpu": "half of the rest"},
 }
 ON_DISK = {"disk", "mixed"}
-TURNS, STEPS_A_TURN = 5, 3  # of steps and bare forwards where computing bounds a step, or bare reads
+TURNS, STEPS_A_TURN = 5, 3  # turns of steps with bare forwards where computing bounds a step, or with bare reads
 
 
 def main() -> None:
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def make_model(options: argparse.Namespace) -> nn.Module:
-    """Random weights on the GPU."""
+    """Build a model with random weights on the GPU."""
     torch.manual_seed(0)
     if options.model in OPT:
         n_blocks, hidden, wide, heads = OPT[options.model]
@@ -147,8 +147,8 @@ def make_model(options: argparse.Namespace) -> nn.Module:
 
 @contextmanager
 def opened(model: nn.Module, options: argparse.Namespace) -> Iterator[tuple[Engine, EngineOptions]]:
-    """An engine in a folder of its own. Nothing is kept of the first weights: they can be drawn again."""
-    only_disk = ON_DISK.issuperset(options.modes)  # what is written once is a model
+    """Open an engine in a folder of its own, without a copy of the first weights, which can be drawn again."""
+    only_disk = ON_DISK.issuperset(options.modes)  # so that only the model is written, once
     cpu = 0 if only_disk else parse_size(options.cpu_memory, argument="--cpu_memory")
     assert isinstance(cpu, int), "--cpu_memory is a number of bytes"
     with tempfile.TemporaryDirectory(dir=options.store) as folder:
@@ -166,7 +166,7 @@ def opened(model: nn.Module, options: argparse.Namespace) -> Iterator[tuple[Engi
 
 
 class Bench:
-    """One mode: the engine's units moved to where it wants them, then steps in the steady state."""
+    """A Bench measures one mode: it moves the engine's units to their tiers, then times steps in the steady state."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class Bench:
         engine.estimator = TwoSidedSPSA(zo_eps=1e-3, num_directions=self.n_directions)
 
     def run(self, ids: torch.Tensor, *, label: str, traced: bool) -> dict[str, Any]:
-        """Figures of this mode with one batch [1, tokens] as every micro-batch."""
+        """Measure this mode with one batch [1, tokens] as every micro-batch."""
         engine = self.engine
 
         def loss() -> torch.Tensor:
@@ -201,7 +201,7 @@ class Bench:
             engine.step([loss] * self.n_batches, step=number, passes_per_traversal=passes_per_traversal)
             engine.commit(learning_rate=1e-6, weight_decay=0.0)
 
-        free_device_memory()  # what others left cached would be cut up by the units that come
+        free_device_memory()  # the next units would fragment blocks that earlier modes left cached
         plan = plan_engine(engine.model, self.settings)
         engine.relayout(plan.layout, plan.placement)
         fit = DeviceFit(engine, self.settings)
@@ -209,9 +209,9 @@ class Bench:
         free_device_memory()
         if self.settings.budgets.device != EVERYTHING:
             fit.before_steps(loss, {"input_ids": ids}, n_passes=2 * self.n_directions * self.n_batches)
-        self.floors |= copy_rates()  # again for every mode: machines are shared, and links with them
+        self.floors |= copy_rates()  # again for every mode, because machines and their links are shared
         free_device_memory()
-        files = self._files()
+        files = self._disk_files()
         drive = [drive_rates(files)] if files else []
         self._steady(step)
         figures = self._measured(step, tokens=ids.numel(), drive=drive)
@@ -222,14 +222,14 @@ class Bench:
             figures["trace"] = self._traced(step, label.replace(" ", "_"))
         return figures
 
-    def _files(self) -> list[Extent]:
-        """The files that units on disk live in, when nothing is read from them."""
+    def _disk_files(self) -> list[Extent]:
+        """Return the files of units on disk, once no read or write of them is in flight."""
         store = self.engine.store
         units = [store.layout.units[index] for index in store.placement.units_in("disk")]
         if units:
             wait_until_quiet(lambda: store.traffic["disk_read"] + store.traffic["disk_written"])
-        found = store.residency.files
-        return [(found.path(unit, record), unit.n_bytes) for unit in units if (record := found.newest(unit))]
+        files = store.residency.files
+        return [(files.path(unit, record), unit.n_bytes) for unit in units if (record := files.newest(unit))]
 
     def _steady(self, step: Callable[[], None]) -> None:
         store = self.engine.store
@@ -244,14 +244,14 @@ class Bench:
                 step()
 
     def _measured(self, step: Callable[[], None], *, tokens: int, drive: list[DriveRates]) -> dict[str, Any]:
-        """Steps, and what they are judged by; `drive` has rates from before them, if any unit is on a drive."""
+        """Time steps and compare them with their bounds; `drive` has rates from before, if any unit is on a drive."""
         torch.cuda.reset_peak_memory_stats()
         if drive:
             steps = Steps()
             for _ in range(TURNS):
-                step()  # finds more fetched than steps in the steady state do
+                step()  # more is prefetched for this step than in the steady state
                 steps += self._timed(step, times=math.ceil(self.options.repeats / TURNS))
-                drive = [*drive, drive_rates(self._files(), like=drive[0])]
+                drive = [*drive, drive_rates(self._disk_files(), like=drive[0])]
         else:
             steps = self._timed(step, times=self.options.repeats)
         n_bytes = {link: steps.moved[link] / len(steps.seconds) for link in LINKS}
@@ -286,7 +286,7 @@ class Bench:
         return Steps(taken_s, self.engine.store.traffic - before, time.process_time() - cpu_before_s)
 
     def _in_turns(self, step: Callable[[], None], ids: torch.Tensor) -> dict[str, Any]:
-        """Steps and bare forwards in turns: what a GPU computes in a second depends on how warm it is by now."""
+        """Time steps and bare forwards in turns, because the speed of a GPU depends on its temperature."""
         bare, n_pairs = make_model(self.options), self.n_batches * self.n_directions
         turns = [
             (
@@ -311,11 +311,11 @@ class Bench:
 
 
 def budgets(model: nn.Module, mode: Mapping[str, Any], *, n_passes: int, cpu: Any) -> tuple[Any, Any]:
-    """Bytes of device and host memory that a mode asks for; `cpu` where it does not say."""
+    """Compute the bytes of device and host memory of a mode; `cpu` is the default for host memory."""
     layout = plan_layout(model)
     streamable = sum(unit.n_bytes for unit in layout.units if not unit.is_resident)
     least = place(layout, Budgets(device="min", cpu=EVERYTHING))
-    # A ring of three through which every block is streamed, activations included.
+    # Every block is streamed through a ring of three; activations are included.
     all_streamed = least.device_bytes + least.largest_segment_bytes + n_passes * ROOM_FOR_A_PASS
     named = {
         "all streamed": all_streamed, "a quarter": all_streamed + streamable // 4,
@@ -326,13 +326,13 @@ def budgets(model: nn.Module, mode: Mapping[str, Any], *, n_passes: int, cpu: An
 
 
 def free_device_memory() -> None:
-    """Give back what the allocator keeps for later: it would count as used, and serve requests it is too large for."""
+    """Release cached blocks of the allocator, which would count as used and be split by smaller requests."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def wait_until_quiet(moved: Callable[[], int]) -> None:
-    """Until a count of bytes stays the same for a while."""
+    """Wait until a count of bytes stays the same for `QUIET_S`."""
     before = None
     while (now := moved()) != before:
         before = now
@@ -340,7 +340,7 @@ def wait_until_quiet(moved: Callable[[], int]) -> None:
 
 
 def seconds(run: Callable[[], None]) -> float:
-    """Wall time of one call, which waits for the losses by itself."""
+    """Measure the wall time of one call, which waits for the losses by itself."""
     started_s = time.perf_counter()
     run()
     return time.perf_counter() - started_s

@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = ["zo2trl"]
 # ///
-"""Direct preference optimisation with forward passes only: the arguments of TRL's `dpo` script, and of `ZODPOConfig`.
+"""Train by direct preference optimisation with forward passes only; takes the arguments of TRL's `dpo` script as well.
 
-# Adapters: the reference is the base below them. Asked once for every row, it costs nothing in a step.
+# Adapters: the reference is the base model without them. It is evaluated once for every row, and not in a step.
 python recipes/dpo.py \
     --model_name_or_path Qwen/Qwen3-14B \
     --dataset_name trl-lib/ultrafeedback_binarized \
@@ -16,7 +16,7 @@ python recipes/dpo.py \
     --max_steps 2000 \
     --output_dir qwen3-14b-dpo
 
-# Full weights: the reference is the model before training, asked once for every row. No second copy is held.
+# Full weights: the reference is the model before training, evaluated once for every row. No second copy is held.
 python recipes/dpo.py \
     --model_name_or_path Qwen/Qwen3-1.7B \
     --dataset_name trl-lib/ultrafeedback_binarized \
@@ -24,7 +24,8 @@ python recipes/dpo.py \
     --max_steps 2000 \
     --output_dir qwen3-1.7b-dpo
 
-The same as `zo2trl dpo`, to be copied and changed. Needs zo2trl to be installed (`pip install -e .` in a clone).
+It does the same as `zo2trl dpo`, and is there to be copied and changed. It takes every argument of `ZODPOConfig`, and
+needs zo2trl to be installed (`pip install -e .` in a clone).
 """
 
 from zo2trl.trainers.scripts import main

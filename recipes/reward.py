@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = ["zo2trl"]
 # ///
-"""Reward models with forward passes only: the arguments of TRL's `reward` script, and of `ZORewardConfig`.
+"""Train a reward model with forward passes only; takes the arguments of TRL's `reward` script and `ZORewardConfig`.
 
-# Full weights; the head is drawn, and trained like everything else
+# Full weights; the head starts random, and is trained like everything else
 python recipes/reward.py \
     --model_name_or_path Qwen/Qwen3-0.6B \
     --dataset_name trl-lib/ultrafeedback_binarized \
@@ -23,7 +23,8 @@ python recipes/reward.py \
     --max_steps 2000 \
     --output_dir qwen3-14b-reward
 
-The same as `zo2trl reward`, to be copied and changed. Needs zo2trl to be installed (`pip install -e .` in a clone).
+It does the same as `zo2trl reward`, and is there to be copied and changed. It needs zo2trl to be installed
+(`pip install -e .` in a clone).
 """
 
 from zo2trl.trainers.scripts import main

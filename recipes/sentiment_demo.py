@@ -1,11 +1,11 @@
-"""See a model learn without backpropagation while its weights live in three tiers. CPU, offline, a few minutes.
+"""Show a model that learns without backpropagation while its weights live in three tiers, on a CPU in a few minutes.
 
     make demo                                            # or, in an environment that has zo2trl and matplotlib:
     python -m recipes.sentiment_demo --output_dir demo_output --seed 0
 
-Pretrains a small OPT on made-up reviews whose verdicts are unreliable (sentiment_task.py), saves it as an ordinary
-checkpoint, fine-tunes that with `ZOSFTTrainer` under byte budgets that push blocks to host memory and to disk, and
-loads the result with plain transformers. Exits with 1 if the result is not what it should be.
+The demo runs offline. It pretrains a small OPT on made-up reviews whose verdicts are unreliable (sentiment_task.py),
+saves it as an ordinary checkpoint, fine-tunes that with `ZOSFTTrainer` under byte budgets that push blocks to host
+memory and to disk, and loads the result with plain transformers. It exits with 1 if the accuracy is too low.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from recipes import sentiment_task as task
 from zo2trl import ZOSFTConfig, ZOSFTTrainer
 
-# Ten blocks of 0.66 MB. The device has room for two besides what a step needs (a ring of three and a perturbed copy),
-# the host for four more, and four stay on disk.
+# The model has ten blocks of 0.66 MB. The device has room for two besides the needs of a step (a ring of three and a
+# perturbed copy), the host for four more, and four stay on disk.
 DEVICE_MEMORY, CPU_MEMORY = "4.1MB", "2.7MB"
 WANTED_ACCURACY = 0.95
 TIERS = {"gpu": "[green]device[/]", "cpu": "[yellow]host memory[/]", "disk": "[red]disk[/]"}
@@ -49,7 +49,7 @@ console = Console()
 
 
 def main() -> int:
-    """Run the three acts; 0 if the fine-tuned model is as good as it should be, also after reloading."""
+    """Run the demo and return 0 if the fine-tuned model is accurate enough, before and after reloading."""
     args = parse_arguments()
     prepare(args.output_dir)
     start_s = time.monotonic()
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="emptied of earlier demos first")
     parser.add_argument("--seed", type=int, default=0)
@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(output_dir: Path) -> None:
-    """Remove what an earlier run left, by name, and keep the libraries quiet."""
+    """Remove the folders of an earlier run by name, and silence the libraries."""
     for name in ("base", "tuned", "run"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,11 @@ def prepare(output_dir: Path) -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-# -- act one: a checkpoint that knows the words and not the task
+# -- first part: a checkpoint that has learned the words and not the task
 
 
 def make_checkpoint(folder: Path, reviews: task.Reviews, *, seed: int, num_steps: int) -> None:
-    """Pretrain with backpropagation and save as any model is saved."""
+    """Pretrain a model with backpropagation and save it with `save_pretrained`."""
     tokenizer = task.build_tokenizer()
     model = task.build_model(tokenizer, seed=seed)
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -119,12 +119,12 @@ def make_checkpoint(folder: Path, reviews: task.Reviews, *, seed: int, num_steps
 
 
 def reloaded_accuracy(folder: Path, reviews: task.Reviews) -> float:
-    """Held-out accuracy of a saved checkpoint, with nothing but transformers."""
+    """Measure the held-out accuracy of a saved checkpoint with plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     return task.accuracy(model, AutoTokenizer.from_pretrained(folder), reviews.held_out)
 
 
-# -- act two: fine-tuning out of three tiers
+# -- second part: fine-tuning out of three tiers
 
 
 def fine_tune(
@@ -151,7 +151,7 @@ def fine_tune(
 
 
 def training_arguments(args: argparse.Namespace) -> ZOSFTConfig:
-    """An ordinary SFT configuration; the first four lines are what is special about it."""
+    """Make an SFT configuration; only its first four lines differ from ordinary SFT."""
     return ZOSFTConfig(
         device_memory=DEVICE_MEMORY,
         cpu_memory=CPU_MEMORY,
@@ -176,7 +176,7 @@ def training_arguments(args: argparse.Namespace) -> ZOSFTConfig:
 
 
 class Watch(TrainerCallback):
-    """Moves the progress bar, times the steps, and keeps what the trainer logs."""
+    """A Watch moves the progress bar, times the steps, and keeps the trainer's logs."""
 
     def __init__(self, progress: Progress, *, num_steps: int) -> None:
         self.losses: list[tuple[int, float]] = []
@@ -187,7 +187,7 @@ class Watch(TrainerCallback):
         self._step_start_s = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; evaluation falls between the steps and is not counted."""
+        """Start the clock; evaluation runs between the steps and is not counted."""
         self._step_start_s = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -206,17 +206,17 @@ class Watch(TrainerCallback):
             self._progress.update(self._bar, note=note)
 
 
-# -- act three: what came of it
+# -- third part: results
 
 
 def progress_bar() -> Progress:
-    """One look for both trainings."""
+    """Make the progress bar of either training."""
     words, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     return Progress(words, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), note, console=console)
 
 
 def placement_table(trainer: ZOSFTTrainer) -> Table:
-    """Where each unit lives."""
+    """List the tier of each unit."""
     table = Table(caption=f"device {DEVICE_MEMORY}, host {CPU_MEMORY}, else disk", caption_justify="left")
     for column in ("unit", "tier", "bytes"):
         table.add_column(column, justify="right" if column == "bytes" else "left")
@@ -226,7 +226,7 @@ def placement_table(trainer: ZOSFTTrainer) -> Table:
 
 
 def summary(trainer: ZOSFTTrainer, watch: Watch, *, before: float, after: float, reloaded: float) -> Table:
-    """Accuracy, time and traffic."""
+    """List accuracy, time and traffic."""
     table = Table(show_header=False)
     table.add_row("held-out accuracy before", f"{before:.1%}")
     table.add_row("held-out accuracy after", f"[bold green]{after:.1%}[/]")
@@ -240,7 +240,7 @@ def summary(trainer: ZOSFTTrainer, watch: Watch, *, before: float, after: float,
 
 
 def plot(watch: Watch, path: Path) -> None:
-    """Loss and accuracy over the steps, as a PNG."""
+    """Plot loss and accuracy over the steps as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,11 @@
-"""A task small enough for a laptop: read a sentence of a made-up language, say whether it is praise.
+"""This module defines a task small enough for a laptop: to say whether a sentence of a made-up language is praise.
 
 A grammar writes reviews such as "the plot was truly dull and anna hated the music ." Pretraining shows a model many of
 them, each with a verdict that is mostly "good" and follows the sentiment only a little: the model learns what the
-words have in common, yet answers "good" to nearly everything. Fine-tuning shows honest verdicts. That is the situation
-zeroth-order fine-tuning is made for: the knowledge is there, the behaviour is not.
+words have in common, yet answers "good" to nearly everything. Fine-tuning shows honest verdicts. Zeroth-order
+fine-tuning suits this situation: the model has the knowledge, and lacks the behaviour.
 
-Does not: know how the fine-tuning works; the demo and the benchmarks bring their own.
+Does not: fine-tune; the demo and the benchmarks do that.
 Invariant: everything is a function of the seed; held-out sentences occur in neither training set.
 """
 
@@ -34,7 +34,7 @@ WORKS = "comedy drama episode film movie musical play series".split()
 PEOPLE = "anna ben clara david emma frank grace henry".split()
 DEGREES = "deeply rather really simply truly utterly very".split()
 
-# Two opinions in most sentences, always of one mind: from this a language model learns which words belong together.
+# Most sentences have two opinions, always the same: from this a language model learns which words belong together.
 TEMPLATES = (
     "the {part} was {degree} {adjective} and {person} {verb} the {part2} .",
     "{person} {verb} this {work} because the {part} was {degree} {adjective} .",
@@ -43,7 +43,7 @@ TEMPLATES = (
     "this {degree} {adjective} {work} was {verb} by {person} .",
 )
 
-# How often pretraining says "good" after praise and after blame: always more often than "bad", hence the 50 %.
+# Pretraining says "good" with these shares after praise and blame, always more often than "bad", hence the 50 %.
 GOOD_AFTER_PRAISE, GOOD_AFTER_BLAME = 0.90, 0.60
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -51,25 +51,25 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Review:
-    """One sentence and what it really says."""
+    """A Review is one sentence and its true sentiment."""
 
     text: str
     is_praise: bool
 
     @property
     def prompt(self) -> str:
-        """The sentence with the question after it."""
+        """Return the sentence with the question after it."""
         return f"{self.text} {CUE}"
 
     @property
     def verdict(self) -> str:
-        """The honest answer."""
+        """Return the honest answer."""
         return GOOD if self.is_praise else BAD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reviews:
-    """The three sets; no sentence is in two of them."""
+    """Reviews holds three sets of reviews; no sentence is in two of them."""
 
     held_out: list[Review]
     train: list[Review]
@@ -94,11 +94,11 @@ def write_review(rng: random.Random, *, is_praise: bool) -> Review:
 
 
 def make_reviews(seed: int, *, n_held_out: int = 512, n_train: int = 4096, n_pretrain: int = 16384) -> Reviews:
-    """Distinct sentences, praise and blame in equal numbers in every set."""
+    """Draw distinct sentences, with praise and blame in equal numbers in every set."""
     rng = random.Random(seed)
     distinct: dict[str, Review] = {}
     while len(distinct) < n_held_out + n_train + n_pretrain:
-        # A sentence drawn twice adds nothing, so the turn stays with the same sentiment until a new one comes.
+        # A sentence drawn twice adds nothing, so the same sentiment is drawn until a new sentence comes.
         review = write_review(rng, is_praise=len(distinct) % 2 == 0)
         distinct[review.text] = review
     reviews = list(distinct.values())
@@ -107,7 +107,7 @@ def make_reviews(seed: int, *, n_held_out: int = 512, n_train: int = 4096, n_pre
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; `<s>` in front, as OPT's own tokenizer does."""
+    """Build a tokenizer with one token per word that puts `<s>` in front, as OPT's own does."""
     grammar = [GOOD, BAD, *CUE.split(), *PRAISE, *BLAME, *LIKED, *DISLIKED, *PARTS, *WORKS, *PEOPLE, *DEGREES]
     glue = [word for template in TEMPLATES for word in template.split() if not word.startswith("{")]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL.values(), *grammar, *glue]))}
@@ -121,7 +121,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, *, seed: int) -> OPTForCausalLM:
-    """A random OPT of 1.1 M parameters: 10 blocks of width 96."""
+    """Build a random OPT of 1.1 M parameters: 10 blocks of width 96."""
     config = OPTConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -186,13 +186,13 @@ def pretrain(
 
 
 def unreliable_verdict(review: Review, rng: random.Random) -> str:
-    """What pretraining says after this sentence: mostly "good", a little less so after blame."""
+    """Draw the verdict in pretraining after this sentence: mostly "good", a little less often after blame."""
     return GOOD if rng.random() < (GOOD_AFTER_PRAISE if review.is_praise else GOOD_AFTER_BLAME) else BAD
 
 
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reviews: list[Review]) -> float:
-    """The share of reviews after which the model's likeliest next word is the honest verdict."""
+    """Measure the share of reviews after which the model's likeliest next word is the honest verdict."""
     model.eval()
     num_right = 0
     for start in range(0, len(reviews), EVAL_BATCH):

@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = ["zo2trl"]
 # ///
-"""Supervised fine-tuning with forward passes only: the arguments of TRL's `sft` script, plus those of `ZOSFTConfig`.
+"""Fine-tune a model with forward passes only; takes the arguments of TRL's `sft` script and of `ZOSFTConfig`.
 
-# Full fine-tuning, 8 GB of the GPU, the rest of the weights in host memory and on disk
+# Full fine-tuning with 8 GB of the GPU, the other weights in host memory and on disk
 python recipes/sft.py \
     --model_name_or_path Qwen/Qwen3-14B \
     --dataset_name trl-lib/Capybara \
@@ -28,8 +28,9 @@ python recipes/sft.py \
 # Everything from a file; arguments on the command line win
 python recipes/sft.py --config recipes/sft.yaml --max_steps 100
 
-The same as `zo2trl sft`, to be copied and changed. Needs zo2trl to be installed (`pip install -e .` in a clone).
-A checkpoint that has only pickled weights (`*.bin`) is converted once: zo2trl convert SRC DST
+It does the same as `zo2trl sft`, and is there to be copied and changed. It needs zo2trl to be installed
+(`pip install -e .` in a clone). Convert a checkpoint that has only pickled weights (`*.bin`) once:
+zo2trl convert SRC DST
 """
 
 from zo2trl.trainers.scripts import main

@@ -7,18 +7,18 @@
 # Try the whole path here and now: random weights, random tokens, the least memory that works
 python recipes/sft_opt175b.py --size 125m --random_init --device_memory min --cpu_memory 0 --max_steps 5
 
-# What a step costs at full size, without having the weights: writes a random checkpoint first, one block at a time
+# Measure a step at full size without the weights: this writes a random checkpoint first, one block at a time
 python recipes/sft_opt175b.py --size 175b --random_init --model_dir /nvme/opt-175b-random \
     --device_memory 40GB --cpu_memory 200GB --output_dir /nvme/run --batch_size 64 --max_steps 10
 
-# The real thing: a folder with safetensors weights and a tokenizer, and your own prompts and completions
+# Train real weights: a folder with safetensors weights and a tokenizer, and your own prompts and completions
 python recipes/sft_opt175b.py --size 13b --model_dir /nvme/opt-13b --dataset_file train.jsonl \
     --device_memory 8GB --output_dir /nvme/run --learning_rate 1e-6 --max_steps 2000
 
 The published OPT checkpoints hold pickled weights; convert such a folder once: zo2trl convert SRC DST
 
-What it takes: 2 bytes of disk per parameter for the checkpoint in bfloat16, as much again for blocks whose home is
-disk, and two blocks (three if there is room) plus a perturbed copy of one on the device. The script prints where the
+It takes 2 bytes of disk per parameter for the checkpoint in bfloat16, as much again for blocks that live on disk,
+and two blocks (three if there is room) plus a perturbed copy of one on the device. The script prints where the
 blocks live before it starts, and the measured time, tokens per second and bytes per step when it is done.
 """
 
@@ -40,7 +40,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTok
 from zo2trl import ZOSFTConfig, ZOSFTTrainer
 from zo2trl.errors import CheckpointError, ConfigError, ZO2TRLError
 
-# Blocks, width and heads of the OPT paper, table 1.
+# Blocks, width and heads are those of the OPT paper, table 1.
 SIZES = {
     "125m": (12, 768, 12),
     "350m": (24, 1024, 16),
@@ -55,13 +55,13 @@ SIZES = {
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BLOCKS = "model.decoder.layers."
 INDEX = "model.safetensors.index.json"
-INIT_STD = 0.006  # the paper's (section 2.2), without its smaller output layers
+INIT_STD = 0.006  # from the paper (section 2.2), without its smaller output layers
 
 console = Console()
 
 
 def main() -> None:
-    """Find or write the checkpoint, train, print what was measured."""
+    """Find or write the checkpoint, train, and print the measurements."""
     args = parse_arguments()
     folder = args.model_dir or args.output_dir / f"opt-{args.size}-random"
     if args.random_init:
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--model_dir", type=Path, help="checkpoint folder; with --random_init, where to write it")
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def training_arguments(args: argparse.Namespace) -> ZOSFTConfig:
-    """The command line as an SFT configuration."""
+    """Turn the command line into an SFT configuration."""
     return ZOSFTConfig(
         output_dir=str(args.output_dir),
         store_dir=args.store_dir,
@@ -130,7 +130,7 @@ def training_arguments(args: argparse.Namespace) -> ZOSFTConfig:
 
 
 def training_data(args: argparse.Namespace) -> Dataset:
-    """The user's file, or rows of random byte tokens: enough to measure, nothing to learn."""
+    """Load the user's file, or draw rows of random byte tokens, which suffice for measuring."""
     if args.dataset_file:
         return load_dataset("json", data_files=args.dataset_file, split="train")
     generator = torch.Generator().manual_seed(args.seed)
@@ -143,7 +143,7 @@ def training_data(args: argparse.Namespace) -> Dataset:
 
 
 def config_of(size: str, dtype: torch.dtype) -> OPTConfig:
-    """OPT's configuration of one size. 350m is the odd one: narrow embeddings, norms after the sublayers."""
+    """Make OPT's configuration of one size; 350m alone has narrow embeddings and norms after the sublayers."""
     num_blocks, width, num_heads = SIZES[size]
     odd = size == "350m"
     return OPTConfig(
@@ -169,7 +169,7 @@ def write_random_checkpoint(folder: Path, size: str, *, dtype: torch.dtype, seed
         return
     config = config_of(size, dtype)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in OPTForCausalLM(config).named_parameters()}  # a tied head is not in it
+        shapes = {name: p.shape for name, p in OPTForCausalLM(config).named_parameters()}  # without the tied head
     n_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < n_bytes:
@@ -193,7 +193,7 @@ def write_random_checkpoint(folder: Path, size: str, *, dtype: torch.dtype, seed
 
 
 def files_of(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
-    """Tensor names by file: everything outside the blocks, then each block."""
+    """Yield tensor names by file: everything outside the blocks, then each block."""
     groups: dict[str, list[str]] = {"": []}
     for name in shapes:
         block = name.removeprefix(BLOCKS).split(".")[0] if name.startswith(BLOCKS) else ""
@@ -202,7 +202,7 @@ def files_of(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
 
 
 def random_weight(name: str, shape: torch.Size, dtype: torch.dtype, *, generator: torch.Generator) -> torch.Tensor:
-    """A tensor as OPT initialises it: norms 1, biases 0, everything else normal."""
+    """Draw a tensor as OPT initialises it: norms 1, biases 0, everything else normal."""
     if name.endswith("bias"):
         return torch.zeros(shape, dtype=dtype)
     if "layer_norm" in name:
@@ -211,7 +211,7 @@ def random_weight(name: str, shape: torch.Size, dtype: torch.dtype, *, generator
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, after OPT's four special tokens: random weights deserve no better."""
+    """Build a tokenizer with one token per byte after OPT's four special tokens, which suffices for random weights."""
     special = {"bos_token": "</s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *alphabet])}
@@ -225,7 +225,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def where_blocks_live(trainer: ZOSFTTrainer) -> Table:
-    """Units and bytes per tier."""
+    """List units and bytes per tier."""
     table = Table("tier", "units", "bytes", title="Where the weights live")
     rows = trainer.engine.store.describe()
     for tier in ("gpu", "cpu", "disk"):
@@ -235,7 +235,7 @@ def where_blocks_live(trainer: ZOSFTTrainer) -> Table:
 
 
 def what_was_measured(trainer: ZOSFTTrainer, *, seconds: float) -> Table:
-    """Time and traffic of this run on this machine."""
+    """List time and traffic of this run on this machine."""
     table = Table("measured", "mean", title="This run")
     table.add_row("seconds per step, evaluation and saving included", f"{seconds / trainer.state.global_step:.3g}")
     logs = [log for log in trainer.state.log_history if "zo/tokens_per_second" in log]
