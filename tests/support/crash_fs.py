@@ -105,7 +105,7 @@ class CrashFS(FS):
         self._start.names = {folder: dict(names) for folder, names in self._names.items()}
 
     def note(self, note: object) -> None:
-        """Remember that the workload got this far: images of later moments carry it."""
+        """Record the workload's progress, which images of later moments carry."""
         self._record(Operation("note", repr(note), note=note))
 
     def write_some(self, fd: int, data: memoryview, offset: int) -> int:
@@ -146,7 +146,7 @@ class CrashFS(FS):
         with self._recording:
             for folder in [folder for folder in self._fresh if folder.parent == path and folder.is_dir()]:
                 self._note_folder(folder)
-            # A folder above the root is somebody else's: a store may make its own folder durable there.
+            # A folder above the root is not recorded: a store may make its own folder durable there.
             if path.resolve().is_relative_to(self.root):
                 for entry in (path, *path.iterdir()):
                     self._adopt(entry)
@@ -217,7 +217,7 @@ class CrashFS(FS):
         self._rename("make_dir", f"{folder} as #{file}", [(folder, file)], file=file)
 
     def _adopt(self, path: Path) -> None:
-        """What somebody wrote past us becomes known when its name or its bytes are synced; until then it is lost."""
+        """Record bytes that were written past this class when they are synced; until then a power cut loses them."""
         for folder in reversed(path.parents):
             if folder.is_relative_to(self.root) and not self._is_known(folder):
                 self._note_folder(folder)

@@ -24,7 +24,7 @@ _NOT_COMPARED = re.compile(r"zo/bytes_.*|.*runtime|.*per_second|train_loss")
 
 
 class Crashed(Exception):
-    """What a crash looks like from inside."""
+    """Crashed is the exception that stands for a crash."""
 
 
 class Crash(NamedTuple):
@@ -36,7 +36,7 @@ class Crash(NamedTuple):
 
 
 class Crashing(TrainerCallback):
-    """Strikes once. Added last, so that other callbacks have seen the event."""
+    """It raises once, and is added last so that other callbacks have had the event."""
 
     def __init__(self, trainer: Any, crash: Crash) -> None:
         self._trainer, self._crash = trainer, crash
@@ -49,14 +49,14 @@ class Crashing(TrainerCallback):
 
 
 def drop_dead(trainer: Any) -> None:
-    """From now on this trainer writes nothing, except what its threads are writing already."""
+    """Stop all writes of this trainer, except those that its threads have begun."""
     if trainer._engine is not None:
         trainer._engine.flush = lambda: None
 
 
 @contextlib.contextmanager
 def abandoning(trainer: Any) -> Iterator[Any]:
-    """At the end the trainer gives up its store as a dead process does: without bringing it up to date."""
+    """Release the trainer's store at the end as a dead process does, without flushing it."""
     try:
         yield trainer
     finally:
@@ -114,7 +114,7 @@ def comparable(entry: Mapping[str, Any]) -> str:
 
 
 def straight(make: Make, folder: Path) -> Outcome:
-    """A run that nothing happens to."""
+    """Train without a crash."""
     trainer = make(folder)
     try:
         trainer.train()

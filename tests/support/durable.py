@@ -65,14 +65,14 @@ def _freeze(layout: Layout, name: str) -> Layout:
 
 
 def base_weights(spec: TensorSpec, *, seed: int = 0) -> torch.Tensor:
-    """The weights a run begins with."""
+    """Return the weights that a run begins with."""
     draw = torch.Generator().manual_seed(seed * 1000 + spec.tensor_id)
     return torch.randint(-64, 65, spec.shape, generator=draw).to(spec.dtype) / 8
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a small store is opened."""
+    """A Setup holds the options with which a small store is opened."""
 
     layout: Layout = field(default_factory=small_layout)
     tiers: tuple[TierName, ...] = ("gpu", "cpu", "disk", "disk")
@@ -127,7 +127,7 @@ class Setup:
 
 
 class State(NamedTuple):
-    """What a store holds, in the eyes of a user."""
+    """A State is the content of a store that a user can observe."""
 
     records: tuple[Record, ...]
     weights: str  # SHA-256
@@ -165,11 +165,11 @@ class Reference:
             self._setup.layout)}  # fmt: skip
 
     def rewind(self, position: int) -> None:
-        """Back in time."""
+        """Rewind to an earlier position."""
         del self.records[position:], self._weights[position + 1 :]
 
     def copy(self) -> "Reference":
-        """Another one that goes its own way from here."""
+        """Return an independent copy."""
         other = Reference(self._setup)
         other.records, other._weights = list(self.records), list(self._weights)
         return other
@@ -234,7 +234,7 @@ def state_of(store: TieredStore) -> State:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int, str]]:
-    """Everything about the files of a folder that a reader must not change."""
+    """Return all properties of a folder's files that a reader must not change."""
     return {
         str(path.relative_to(folder)): (
             path.stat().st_size, path.stat().st_mtime_ns,
@@ -273,7 +273,7 @@ def steps(first: int, last: int, *, visits: bool = True) -> list[Action]:
 
 
 class Oracle:
-    """What a store must hold after each action. `states` are all it may be found in, in order."""
+    """An Oracle has the states that a store may be in after each action, in order."""
 
     def __init__(self, setup: Setup) -> None:
         self.reference = Reference(setup)
@@ -311,7 +311,7 @@ class Oracle:
         self.promises.append(len(self.states) - 1)
 
     def copy(self) -> "Oracle":
-        """Another one that goes its own way from here."""
+        """Return an independent copy."""
         other = copy.copy(self)
         other.reference = self.reference.copy()
         other._new_run = self._new_run and self._new_run.copy()
@@ -363,7 +363,7 @@ class Player:
 
 
 def act(store: TieredStore, action: Action) -> None:
-    """Do something to an open store."""
+    """Apply an action to an open store."""
     if action.kind in ("step", "skip"):
         store.append(action.record())
     elif action.kind == "visit":
@@ -375,7 +375,7 @@ def act(store: TieredStore, action: Action) -> None:
     elif action.kind == "replace":
         store.replace(lambda spec: base_weights(spec, seed=action.number))
     elif action.kind == "change":
-        store.flush()  # a home that is still to be written may move while somebody writes into it
+        store.flush()  # a pending write of a home may move it while the test writes into it
         for unit in store.layout.units:
             view, _ = store.view(unit)
             for spec in unit.tensors:

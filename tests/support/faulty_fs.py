@@ -146,7 +146,7 @@ class FaultyFS(FS):
     def lock(self, path: Path) -> int:
         self._meet("lock", path)
         fd = super().lock(path)
-        self._failed_syncs.clear()  # a new owner takes nothing for durable that it has not written again itself
+        self._failed_syncs.clear()  # a new owner relies only on files that it has written again itself
         return fd
 
     # -- dawdling and lying
@@ -209,7 +209,7 @@ class FaultyFS(FS):
 
 
 class SlowFS(FS):
-    """A disk so slow that several threads are inside it at once."""
+    """A SlowFS is so slow that several threads are in its calls at once."""
 
     def __init__(self, delay_s: float = 0.001, **further: object) -> None:
         super().__init__(**further)

@@ -1,4 +1,4 @@
-"""How many rows of logits exist at once: watched from below, by the operations that make them."""
+"""This module counts the rows of logits that exist at once, at the operations that make them."""
 
 from typing import Any
 

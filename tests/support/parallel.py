@@ -53,7 +53,7 @@ def in_ranks(n_ranks: int, work: RankWork) -> list[list[Any]]:
 
 
 def free_port() -> int:
-    """A port nobody listens on just now."""
+    """Find a port that no process listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
@@ -81,7 +81,7 @@ class Waiting(TrainerCallback):
 
 
 class Sleeping(TrainerCallback):
-    """Does not come to where others wait."""
+    """Stay away from the collective that the other ranks wait in."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         time.sleep(60.0)

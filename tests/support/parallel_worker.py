@@ -26,7 +26,7 @@ from tests.support.trainings import masking_collator, stream, unmasked
 
 
 def digest_of(model: nn.Module) -> str:
-    """A name of all weights' bits."""
+    """Return a digest of all weights."""
     found = hashlib.sha256()
     for name, weights in weights_of(model).items():
         found.update(name.encode())
@@ -93,7 +93,7 @@ KINDS: dict[str, Callable[..., Any]] = {
 
 
 def outcome(trainer: Any) -> dict[str, Any]:
-    """What tests compare."""
+    """Collect the values that tests compare."""
     logs = trainer.state.log_history
     return {
         "weights": digest_of(trainer.model),

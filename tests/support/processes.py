@@ -39,7 +39,7 @@ _MNT_DETACH = 2
 
 
 class NotPermitted(Exception):
-    """This machine does not let us mount."""
+    """NotPermitted means that the system does not permit mounts."""
 
 
 @contextmanager
@@ -104,7 +104,7 @@ class Child:
         return said
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal, if it is still there."""
+        """Send a signal to the child if it still runs."""
         if self.status is None:
             os.kill(self.pid, number)
 
@@ -122,7 +122,7 @@ class Child:
         return self.status
 
     def end(self) -> None:
-        """Kill, reap and forget it."""
+        """Kill the child and reap it."""
         self.kill()
         self.wait()
         os.close(self._pipe)
@@ -219,13 +219,13 @@ def mount_tmpfs(path: Path, n_bytes: int) -> None:
 
 
 def mount_read_only(path: Path) -> None:
-    """The folder as it is, but nobody may change it."""
+    """Mount the folder read-only with its content."""
     _mount(str(path), str(path), None, _MS_BIND | _MS_REC)
     _mount("none", str(path), None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY)
 
 
 def unmount(path: Path) -> None:
-    """End a mount, even if somebody still looks at it."""
+    """Unmount a folder, even if a process still uses it."""
     if _libc.umount2(str(path).encode(), _MNT_DETACH):
         raise OSError(ctypes.get_errno(), f"umount {path}")
 

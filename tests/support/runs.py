@@ -54,7 +54,7 @@ def prompts(n_rows: int = 8, *, start: int = 0) -> Dataset:
 
 @contextmanager
 def closing(trainer: Any) -> Iterator[Any]:
-    """Give up the store when the test is done with the trainer."""
+    """Close the trainer's store at the end of the test."""
     try:
         yield trainer
     finally:
@@ -72,7 +72,7 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Names whose bits are not the same in both; an empty list is a promise kept."""
+    """Return the names whose bits differ; the list is empty if all are equal."""
     assert one.keys() == other.keys()
     return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
 
