@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from zo2trl.trainers.arguments.config import ZOArguments
-from zo2trl.trainers.arguments.support_table import support_page
+from zo2trl.trainers.arguments.support_page import support_page
 from zo2trl.trainers.metrics import LOG_KEYS
 
 __all__ = ["PAGES", "write"]

@@ -8,7 +8,7 @@ import pytest
 
 import zo2trl
 from docs.generate import PAGES
-from zo2trl.trainers.arguments.support_table import versions
+from zo2trl.trainers.arguments.support_page import versions
 from zo2trl.trainers.metrics import LOG_KEYS, StepMetrics
 from zo2trl.zo.estimators import TwoSidedSPSA
 

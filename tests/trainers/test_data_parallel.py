@@ -26,7 +26,7 @@ from tests.support.processes import Report, single_threaded
 from tests.support.trainings import TRAININGS
 from zo2trl.errors import ConfigError, UnsupportedError
 from zo2trl.parallel.ranks import Ranks
-from zo2trl.trainers.parallel import refuse_other_number
+from zo2trl.trainers.parallel import refuse_other_world_size
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_END_S = 30.0
@@ -330,8 +330,8 @@ def test_resuming_with_another_number_of_processes_is_refused(tmp_path: Path) ->
 def test_a_folder_is_of_as_many_processes_as_have_begun_a_run_in_it(tmp_path: Path) -> None:
     (tmp_path / "journal").touch()
     with pytest.raises(ConfigError, match="made by 1 process,"):
-        refuse_other_number(tmp_path, Ranks(size=2))
-    refuse_other_number(tmp_path, Ranks())
+        refuse_other_world_size(tmp_path, Ranks(size=2))
+    refuse_other_world_size(tmp_path, Ranks())
 
 
 @pytest.mark.nightly

@@ -2,7 +2,7 @@
 
 Each test is one such trap. Others are where their room is tested: autocast's cache of weights
 (test_sft_trainer.py), tokens counted per probe (test_metrics.py), optimizers that never see a gradient
-(test_support.py), uploads of the store (test_publishing.py), adapters of quantised bases (test_peft_quantised.py).
+(test_refusals.py), uploads of the store (test_hub_upload.py), adapters of quantised bases (test_peft_quantised.py).
 """
 
 from collections.abc import Callable

@@ -26,7 +26,7 @@ __all__ = ["prepare_adapters", "refuse_full_quantised"]
 logger = logging.getLogger(__name__)
 
 _HALF = (torch.float16, torch.bfloat16)
-_PACKS = "support_avx512bf16_for_cpu"
+_PACKS_ON_CPU = "support_avx512bf16_for_cpu"
 
 
 def prepare_adapters(
@@ -48,7 +48,7 @@ def prepare_adapters(
     if not isinstance(model, PeftModel | PreTrainedModel):
         return
     if quantised := quantised_parameters(model):
-        _refuse_elsewhere(quantised, device)
+        _refuse_other_device(quantised, device)
         n_bytes = sum(map(quantised_bytes, quantised.values()))
         logger.warning(
             "The base is quantised: its %d quantised weights (%s) stay on %s and are not streamed.",
@@ -60,8 +60,8 @@ def prepare_adapters(
         for module in model.modules():
             # bitsandbytes packs 4-bit weights anew in a CPU's first forward, and unpacks them when they are saved, but
             # not to the same numbers: who saves a checkpoint would train on with another base.
-            if hasattr(module, _PACKS):
-                setattr(module, _PACKS, False)
+            if hasattr(module, _PACKS_ON_CPU):
+                setattr(module, _PACKS_ON_CPU, False)
     copies = _trained_copies(model)
     held = {id(parameter) for copy, _ in copies for parameter in copy.parameters()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
@@ -95,7 +95,7 @@ def refuse_full_quantised(model: Any, *, is_adapted: bool) -> None:
         )
 
 
-def _refuse_elsewhere(quantised: dict[str, nn.Parameter], device: torch.device) -> None:
+def _refuse_other_device(quantised: dict[str, nn.Parameter], device: torch.device) -> None:
     for name, parameter in quantised.items():
         if parameter.device.type != device.type:
             raise UnsupportedError(

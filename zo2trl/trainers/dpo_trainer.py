@@ -69,7 +69,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
         is_adapted = given.get("peft_config") is not None or hasattr(model, "peft_config")
         if config.precompute_ref_log_probs or (is_adapted and reference is None):
             return
-        _refuse_unless_rows_are_at_hand(given.get("train_dataset"))
+        _refuse_streams_and_images(given.get("train_dataset"))
         config.precompute_ref_log_probs = True
         logger.warning(
             "`precompute_ref_log_probs` is switched on: the log-probabilities of %s are computed once for every row, "
@@ -91,11 +91,11 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
         columns = dataset.column_names or []
         if not self.args.precompute_ref_log_probs or set(_REFERENCES) <= set(columns):
             return dataset
-        _refuse_unless_rows_are_at_hand(dataset)
+        _refuse_streams_and_images(dataset)
         args = self.args
         choices = (args.ld_alpha, args.max_length, args.truncation_mode, args.pad_to_multiple_of, args.bf16, args.fp16)
         key = (dataset._fingerprint, self._precompute_model_hash, batch_size, *choices)
-        with self._reference_at_hand():
+        with self._reference_on_device():
             return dataset.map(
                 partial(self._with_references, batch_size=batch_size), batched=True,
                 batch_size=batch_size * MAX_BATCHES_PER_TRAVERSAL, new_fingerprint=Hasher.hash(key),
@@ -110,13 +110,13 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
         if self.ref_model is not None:
             pairs = [self.compute_ref_log_probs(self.ref_model, batch) for batch in batches]
         else:
-            pairs = self._asked_in_traversals(batches)
+            pairs = self._reference_logps(batches)
         return {
             name: torch.cat([pair[side] for pair in pairs]).tolist() for side, name in enumerate(_REFERENCES)
         }  # fmt: skip
 
     @contextmanager
-    def _reference_at_hand(self) -> Iterator[None]:
+    def _reference_on_device(self) -> Iterator[None]:
         """A model of its own is on the device as long as it is asked."""
         if self.ref_model is None:
             yield
@@ -129,7 +129,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
 
     # -- reference log-probabilities of the base below adapters, batch by batch
 
-    def _asked_in_traversals(self, batches: Sequence[Any]) -> list[Any]:
+    def _reference_logps(self, batches: Sequence[Any]) -> list[Any]:
         """What the reference says to some batches, at clean weights, as many a traversal as there is room for."""
         engine = self.engine
         largest = max(batches, key=n_tokens)
@@ -137,9 +137,11 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
         self.device_fit.before_evaluation(largest, n_passes=min(size, len(batches)), whole_logits=False)
         pairs: list[Any] = []
         for start in range(0, len(batches), size):
-            asks = [partial(self.compute_ref_log_probs, self.model, dict(b)) for b in batches[start : start + size]]
+            closures = [
+                partial(self.compute_ref_log_probs, self.model, dict(b)) for b in batches[start : start + size]
+            ]
             with self._adapters_off():
-                pairs += engine.run_clean(asks)
+                pairs += engine.run_clean(closures)
         return pairs
 
     def _adapters_off(self) -> Any:
@@ -150,7 +152,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
     def _add_references(self, batches: Sequence[dict[str, Any]]) -> None:
         without = [batch for batch in batches if _REFERENCES[0] not in batch]
         if without:
-            for batch, pair in zip(without, self._asked_in_traversals(without), strict=True):
+            for batch, pair in zip(without, self._reference_logps(without), strict=True):
                 batch |= dict(zip(_REFERENCES, pair, strict=True))
 
     def _prepare_step(self, model: Any, batches: list[tuple[Any, Any]]) -> int:
@@ -168,13 +170,13 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """See [`~trl.DPOTrainer`]. A batch without reference log-probabilities asks for them first."""
+        """See [`~trl.DPOTrainer`]. A batch without reference log-probabilities closures for them first."""
         if _REFERENCES[0] not in inputs:
             inputs |= dict(zip(_REFERENCES, self.compute_ref_log_probs(model, inputs), strict=True))
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-def _refuse_unless_rows_are_at_hand(dataset: Any) -> None:
+def _refuse_streams_and_images(dataset: Any) -> None:
     what: str | None = None
     if set(_REFERENCES) <= set(getattr(dataset, "column_names", None) or ()):
         return

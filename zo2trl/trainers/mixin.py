@@ -38,13 +38,13 @@ from zo2trl.trainers.adapter_state import adapter_states
 from zo2trl.trainers.adapters import prepare_adapters, refuse_full_quantised
 from zo2trl.trainers.arguments.config import ZOArguments, convert_arguments
 from zo2trl.trainers.arguments.data_checks import check_dataset, check_labels
-from zo2trl.trainers.arguments.support import check_arguments, check_optimizers
+from zo2trl.trainers.arguments.refusals import check_arguments, check_optimizers
 from zo2trl.trainers.evaluation import EvaluationTraversal
+from zo2trl.trainers.loss_normalisation import LossNormalisation
 from zo2trl.trainers.metrics import StepMetrics
 from zo2trl.trainers.optimizer import ZOOptimizer
-from zo2trl.trainers.parallel import refuse_other_number
+from zo2trl.trainers.parallel import refuse_other_world_size
 from zo2trl.trainers.resume.saving import save_processing_class
-from zo2trl.trainers.scaling import LossScaling
 from zo2trl.trainers.signals import ending_in_time, stopping_on_signals
 from zo2trl.trainers.stepping import SteppingMixin
 
@@ -66,7 +66,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
     model: Any
 
     _engine: Engine | None = None
-    _as_loaded: dict[nn.Parameter, int]  # where in memory a checkpoint was mapped to
+    _loaded_addresses: dict[nn.Parameter, int]  # where in memory a checkpoint was mapped to
     _casts: dict[nn.Parameter, torch.dtype]  # what the store still has to cast while it adopts a mapped checkpoint
     device_fit: DeviceFit
     _shutdown: Any = None
@@ -79,17 +79,17 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         given["args"] = config = self._convert(given.get("args"), model)
         self._set_objective(objective, config)
         check_arguments(config)
-        self._join(config)
+        self._join_ranks(config)
         self._check_given(given)
         check_optimizers(given)
         check_dataset(given.get("train_dataset"), name="train_dataset")
         config._n_gpu = min(config.n_gpu, 1)  # one process drives one device; more would mean DataParallel
-        self._casts, self._as_loaded = {}, {}
+        self._casts, self._loaded_addresses = {}, {}
         self._micro_batches: list[tuple[Any, Any]] = []
         self._step_offset: int | None = None  # journal step - global step, known from the first step of a training on
         self._begins_a_training = True
         self._step_metrics = StepMetrics()
-        self._scaling = LossScaling()
+        self._normalisation = LossNormalisation()
         init_kwargs = getattr(config, "model_init_kwargs", None)
         self._base_path = model if isinstance(model, str) else None
         if isinstance(model, str):
@@ -98,14 +98,14 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         refuse_full_quantised(given.get("model"), is_adapted=given.get("peft_config") is not None)
         super().__init__(**given)
         if self._base_path is not None:  # a chat template's own tokens make embeddings larger than those on disk, say
-            self._is_drawn |= any(p.data_ptr() != place for p, place in self._as_loaded.items())
-            self._as_loaded.clear()
+            self._is_drawn |= any(p.data_ptr() != place for p, place in self._loaded_addresses.items())
+            self._loaded_addresses.clear()
         prepare_adapters(self.model, device=config.device, casts=self._casts)
         config.model_init_kwargs = init_kwargs
         check_dataset(self.train_dataset, name="train_dataset")
         check_labels(self)
         self._carry_objective_columns()
-        self._plan_first()
+        self._check_model_and_budgets()
         if any(p.dtype != dtype for p, dtype in self._casts.items()):
             self._first_use = FirstUse(self.model, partial(_open_engine_of, weakref.ref(self)))
 
@@ -121,7 +121,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
 
     def _open_engine(self, mode: Mode) -> None:
         self.close()
-        refuse_other_number(self.args.store_path, self.ranks)
+        refuse_other_world_size(self.args.store_path, self.ranks)
         self._engine_options = self._options()
         with nullcontext() if self._first_use is None else self._first_use.preparing():
             self._engine = engine = open_engine(self.model, self._engine_options, mode=mode)
@@ -185,7 +185,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
             quantised_on=given["args"].device if is_adapted else None, **kwargs,
         )  # fmt: skip
         self._is_drawn = mapped.is_drawn
-        self._as_loaded = {p: p.data_ptr() for p in mapped.model.parameters()}
+        self._loaded_addresses = {p: p.data_ptr() for p in mapped.model.parameters()}
         named = dict(mapped.model.named_parameters())
         self._casts = {named[name]: dtype for name, dtype in mapped.casts().items()}
         return mapped.model
@@ -201,7 +201,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         """Operations and bytes of one pass over such a batch; None where this kind of trainer cannot count them."""
         return None
 
-    def _plan_first(self) -> None:
+    def _check_model_and_budgets(self) -> None:
         """Refuse budgets that cannot work before anything is moved."""
         empty = next((name for name, p in self.model.named_parameters() if p.is_meta), None)
         if empty is not None:
@@ -318,7 +318,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
             evaluates_first = self.args.eval_on_start
             self.args.eval_on_start = evaluates_first and folder is None  # a checkpoint is no start
             try:
-                with self._saying_who_is_gone():
+                with self._naming_lost_rank():
                     result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
                 self._refuse_steps_left()
                 return result

@@ -23,9 +23,9 @@ from zo2trl.errors import ConfigError, RanksDiverged, UnsupportedError
 from zo2trl.parallel.ranks import ALONE, Ranks, join_ranks
 from zo2trl.trainers.metrics import count_tokens
 
-__all__ = ["ParallelMixin", "refuse_other_number"]
+__all__ = ["ParallelMixin", "refuse_other_world_size"]
 
-_OF_TRANSPORT = re.compile(r"Dist\w*Error|gloo|NCCL|Connection (closed|reset)|Broken pipe", re.IGNORECASE)
+_TRANSPORT_ERROR = re.compile(r"Dist\w*Error|gloo|NCCL|Connection (closed|reset)|Broken pipe", re.IGNORECASE)
 
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -36,9 +36,9 @@ class ParallelMixin(_Base):
     args: Any
     ranks: Ranks = ALONE
 
-    def _join(self, config: Any) -> None:
+    def _join_ranks(self, config: Any) -> None:
         """Find the other processes; called first, in all of them."""
-        _check(config)
+        _check_parallelism(config)
         if config.parallelism == "directions" and config.world_size > 1:
             # Items are counted over all processes, and these see the same ones.
             config.average_tokens_across_devices = False
@@ -47,7 +47,7 @@ class ParallelMixin(_Base):
     @property
     def _own_store_dir(self) -> Path:
         folder = self.args.store_path
-        return folder if self.ranks.size == 1 else folder / _name(self.ranks.rank)
+        return folder if self.ranks.size == 1 else folder / _rank_folder(self.ranks.rank)
 
     def _agree_on_step(self, batches: Sequence[Any], passes_per_traversal: int) -> tuple[int, int]:
         """Passes a traversal that suit every process, and the tokens of the step's micro-batches in all of them.
@@ -59,9 +59,9 @@ class ParallelMixin(_Base):
         if ranks.size == 1:
             return passes_per_traversal, n_tokens
         name = 0 if ranks.parallelism == "data" else _crc_of(batches)
-        said = ranks.gather(f"step {self.state.global_step}", [passes_per_traversal, n_tokens, name])
-        least, tokens = min(row[0] for row in said), [row[1] for row in said]
-        if other := [rank for rank, row in enumerate(said) if row[2] != said[0][2]]:
+        rows = ranks.gather(f"step {self.state.global_step}", [passes_per_traversal, n_tokens, name])
+        least, tokens = min(row[0] for row in rows), [row[1] for row in rows]
+        if other := [rank for rank, row in enumerate(rows) if row[2] != rows[0][2]]:
             raise RanksDiverged(
                 f'`parallelism="directions"` needs the same micro-batches in all processes, and at step '
                 f"{self.state.global_step} those of rank {other[0]} are not those of rank 0: something in the data "
@@ -71,7 +71,7 @@ class ParallelMixin(_Base):
         return int(least), int(sum(tokens) if ranks.parallelism == "data" else tokens[0])
 
     @contextmanager
-    def _by_itself(self) -> Iterator[None]:
+    def _without_gathering(self) -> Iterator[None]:
         """Inside, what losses gather for their metrics is this process's own: others do not look just now."""
         accelerator, own = self.accelerator, ("gather", "gather_for_metrics", "reduce")
         if self.ranks.size > 1:
@@ -84,12 +84,12 @@ class ParallelMixin(_Base):
                 accelerator.__dict__.pop(name, None)
 
     @contextmanager
-    def _saying_who_is_gone(self) -> Iterator[None]:
+    def _naming_lost_rank(self) -> Iterator[None]:
         """What upstream gathers in between fails with words of the transport's own if a process has ended."""
         try:
             yield
         except RuntimeError as error:
-            if self.ranks.size > 1 and _OF_TRANSPORT.search(f"{type(error).__name__}: {error}"):
+            if self.ranks.size > 1 and _TRANSPORT_ERROR.search(f"{type(error).__name__}: {error}"):
                 raise self.ranks.lost(f"step {self.state.global_step}", error) from error
             raise
 
@@ -100,7 +100,7 @@ class ParallelMixin(_Base):
         if self.ranks.n_shares_of_data == self.ranks.size:
             return super().get_train_dataloader()  # type: ignore[misc]
         accelerator: Any = self.accelerator
-        accelerator.prepare_data_loader = partial(_prepared_whole, accelerator)
+        accelerator.prepare_data_loader = partial(_prepare_undivided, accelerator)
         try:
             return super().get_train_dataloader()  # type: ignore[misc]
         finally:
@@ -118,7 +118,7 @@ class ParallelMixin(_Base):
         self.state.num_input_tokens_seen = before + seen * self.ranks.n_shares_of_data // self.ranks.size
 
 
-def refuse_other_number(store_dir: Path, ranks: Ranks) -> None:
+def refuse_other_world_size(store_dir: Path, ranks: Ranks) -> None:
     """Refuse a folder with a run made by another number of processes: two runs in one folder would be mixed up.
 
     Raises:
@@ -136,11 +136,11 @@ def refuse_other_number(store_dir: Path, ranks: Ranks) -> None:
         )
 
 
-def _name(rank: int) -> str:
+def _rank_folder(rank: int) -> str:
     return f"rank-{rank}"
 
 
-def _check(config: Any) -> None:
+def _check_parallelism(config: Any) -> None:
     n_ranks = config.world_size
     if n_ranks == 1:
         return
@@ -177,7 +177,7 @@ def _crc_of(batches: Sequence[Any]) -> int:
     return crc
 
 
-def _prepared_whole(accelerator: Any, data_loader: Any, device_placement: Any = None, **_: Any) -> Any:
+def _prepare_undivided(accelerator: Any, data_loader: Any, device_placement: Any = None, **_: Any) -> Any:
     """What `Accelerator.prepare_data_loader` does in a single process."""
     placed = accelerator.device_placement if device_placement is None else device_placement
     prepared = prepare_data_loader(

@@ -24,10 +24,10 @@ from zo2trl.planning.budgets import resolve_budgets
 from zo2trl.planning.placement import smallest_device_budget
 from zo2trl.planning.rates import MachineRates
 from zo2trl.planning.workload import Workload, rough_workload
-from zo2trl.trainers.counting import build_model, count_batch
 from zo2trl.trainers.objective.objectives import find_objective
 from zo2trl.trainers.scripts import USAGE, ZOModelConfig, model_init_kwargs, refuse_no_model
 from zo2trl.trainers.sft_trainer import ZOSFTConfig
+from zo2trl.trainers.sft_workload import build_model, count_batch
 
 __all__ = ["Planned", "plan_parser", "plan_training"]
 

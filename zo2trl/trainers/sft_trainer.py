@@ -9,7 +9,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from zo2trl.planning.workload import Workload
 from zo2trl.trainers.arguments.config import ZOArguments
-from zo2trl.trainers.counting import count_like
+from zo2trl.trainers.sft_workload import count_like
 from zo2trl.trainers.trl_mixin import ZOTRLMixin
 
 __all__ = ["ZOSFTConfig", "ZOSFTTrainer"]

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WAIT_S = 15.0  # of a process that others may have left alone; launchers end it after 30
 
-_USUAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_DEFAULT_HANDLERS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class _Stop(Holding):
@@ -44,7 +44,7 @@ class _Stop(Holding):
         if (
             self.is_over or os.getpid() != self._process
         ):  # forked workers inherit it, and SIGTERM is how they are ended
-            return _as_ever(number)
+            return _act_by_default(number)
         if self.asked is not None:
             os._exit(128 + number)
         self.asked = number
@@ -74,7 +74,7 @@ def stopping_on_signals() -> Iterator[None]:
     try:
         _running = stop
         for number in HELD:
-            if signal.getsignal(number) is _USUAL[number]:
+            if signal.getsignal(number) is _DEFAULT_HANDLERS[number]:
                 signal.signal(number, stop)
         yield
     except Exception as error:
@@ -87,7 +87,7 @@ def stopping_on_signals() -> Iterator[None]:
         _running, stop.is_over = None, True
         for number in reversed(HELD):  # Ctrl-C last: what it raises once it is back has nothing to skip
             if signal.getsignal(number) is stop:
-                signal.signal(number, _USUAL[number])
+                signal.signal(number, _DEFAULT_HANDLERS[number])
 
 
 @contextmanager
@@ -101,42 +101,42 @@ def ending_in_time(after_s: float = MAX_WAIT_S) -> Iterator[None]:
     if stop is None or signal.getsignal(signal.SIGTERM) is not stop:
         yield
         return
-    heard, told = socket.socketpair()
-    told.setblocking(False)
-    thread = threading.Thread(target=_end_when_told, args=(heard, after_s), name="zo2trl-signals", daemon=True)
-    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)  # the system's own handler writes to it
-    _wakes.add(told.fileno())
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    thread = threading.Thread(target=_exit_after_sigterm, args=(receiver, after_s), name="zo2trl-signals", daemon=True)
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)  # the system's own handler writes to it
+    _wakeup_fds.add(sender.fileno())
     thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        _wakes.discard(told.fileno())
-        told.send(_OVER)  # closing it would not do: workers that were forked meanwhile have it open, too
+        _wakeup_fds.discard(sender.fileno())
+        sender.send(_OVER)  # closing it would not do: workers that were forked meanwhile have it open, too
         thread.join()
-        told.close()
-        heard.close()
+        sender.close()
+        receiver.close()
 
 
-def _end_when_told(heard: socket.socket, after_s: float) -> None:
+def _exit_after_sigterm(receiver: socket.socket, after_s: float) -> None:
     try:
-        while _OVER not in (said := heard.recv(64)):
-            if signal.SIGTERM in said and heard.gettimeout() is None:
-                heard.settimeout(after_s)
+        while _OVER not in (numbers := receiver.recv(64)):
+            if signal.SIGTERM in numbers and receiver.gettimeout() is None:
+                receiver.settimeout(after_s)
     except TimeoutError:
         os._exit(128 + signal.SIGTERM)
 
 
 _OVER = b"\0"  # no signal has this number
-_wakes: set[int] = set()
+_wakeup_fds: set[int] = set()
 
 
-def _forget_wakes() -> None:
-    if _wakes:  # a forked worker that is told to end must not tell its parent
+def _clear_wakeup_fd() -> None:
+    if _wakeup_fds:  # a forked worker that is sender to end must not tell its parent
         signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_forget_wakes)
+os.register_at_fork(after_in_child=_clear_wakeup_fd)
 
 
 def stop_if_asked() -> None:
@@ -149,6 +149,6 @@ def _raise(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
-def _as_ever(number: int) -> None:
-    signal.signal(number, _USUAL[number])
+def _act_by_default(number: int) -> None:
+    signal.signal(number, _DEFAULT_HANDLERS[number])
     signal.raise_signal(number)

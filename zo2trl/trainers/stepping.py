@@ -21,11 +21,11 @@ from transformers import Trainer
 from zo2trl.engine.activations import n_tokens
 from zo2trl.engine.device_fit import DeviceFit
 from zo2trl.files.malloc_trim import return_free_pages
+from zo2trl.trainers.loss_normalisation import LossNormalisation
 from zo2trl.trainers.metrics import StepMetrics
 from zo2trl.trainers.objective.objective_mixin import ObjectiveMixin
 from zo2trl.trainers.resume.replaying import Replay, estimate_of, refuse_changed_weights
 from zo2trl.trainers.resume.resuming import ResumingMixin
-from zo2trl.trainers.scaling import LossScaling
 from zo2trl.trainers.signals import stop_if_asked
 from zo2trl.trainers.startup_report import announce
 
@@ -41,7 +41,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
     """The part of `ZOTrainerMixin` that makes steps."""
 
     device_fit: DeviceFit
-    _scaling: LossScaling
+    _normalisation: LossNormalisation
     _step_metrics: StepMetrics
     _micro_batches: list[tuple[Any, Any]]
 
@@ -87,15 +87,15 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         self._grads = self._estimate.projected_grads
         measured = replay.measured()
         if measured is not None:
-            self._measured_before(measured)
+            self._restore_measured(measured)
         return torch.tensor(self._estimate.loss, device=self.args.device)
 
     def _prepare_step(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> int:
-        with self.probes_counted_once(0), self._by_itself():
-            self._scaling.find_out(self, model, batches)
+        with self.probes_counted_once(0), self._without_gathering():
+            self._normalisation.detect(self, model, batches)
             largest = max(batches, key=lambda batch: n_tokens(batch[0]))
             n_passes = len(self.engine.probes) * len(batches)
-            look = partial(self.loss_that_shows_weights, model, *largest)
+            look = partial(self.weight_sensitive_loss, model, *largest)
             if self.device_fit.before_steps(look, largest[0], n_passes=n_passes):
                 self._moved_before = self.engine.store.traffic.copy()
                 announce(self, largest[0], n_micro_batches=len(batches))
@@ -116,7 +116,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
             loss: Any = self.compute_step_loss(model, dict(inputs), num_items_in_batch)
         if self.args.device.type == "cpu":  # or every pass would leave holes of its own, until they all count
             return_free_pages()
-        return loss.mean() / self._scaling.divisor(self, num_items_in_batch)
+        return loss.mean() / self._normalisation.divisor(self, num_items_in_batch)
 
     @contextmanager
     def probes_counted_once(self, n_probes: int) -> Iterator[None]:
@@ -154,7 +154,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         """What the forwards of this step measured besides losses, as JSON, for trainers that log such things."""
         return None
 
-    def _measured_before(self, measured: Any) -> None:
+    def _restore_measured(self, measured: Any) -> None:
         """A step is gone through again without forwards; this is what `_measured` returned for it."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -93,7 +93,7 @@ class ZOTRLMixin(ZOTrainerMixin):
             new["num_tokens"] = []
         return {"metrics": new, "num_tokens": self._n_tokens()}
 
-    def _measured_before(self, measured: Any) -> None:
+    def _restore_measured(self, measured: Any) -> None:
         for key, values in measured["metrics"].items():
             self._metrics["train"][key] += values
         self._set_n_tokens(measured["num_tokens"])

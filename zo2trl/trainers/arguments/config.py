@@ -1,6 +1,6 @@
 """What a user may choose: ZO arguments mixed into transformers' and TRL's own.
 
-Does not: act on a choice. Everything that cannot work is refused here or in support.py, by name.
+Does not: act on a choice. Everything that cannot work is refused here or in refusals.py, by name.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from zo2trl.errors import ConfigError
 from zo2trl.files.sizes import parse_size
-from zo2trl.trainers.arguments.support import refusal
+from zo2trl.trainers.arguments.refusals import refusal
 from zo2trl.zo.noise import DIRECTIONS
 
 __all__ = ["ZOArguments", "ZOConfig", "convert_arguments"]

@@ -97,7 +97,7 @@ class ObjectiveMixin(_Base):
             return self.objective.measure(self, model, inputs, num_items_in_batch)
         return self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[return-value]
 
-    def loss_that_shows_weights(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+    def weight_sensitive_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         """A step's loss, and where that is an objective, something that other weights would not leave as it is."""
         loss = self._loss(model, inputs, num_items_in_batch)
         if self.objective is not None:

@@ -40,11 +40,11 @@ __all__ = [
 COLUMNS = "objective_columns"
 """Key under which a batch carries the columns that only the objective reads: a dict of lists, one item a row."""
 
-_TEXT_GIVEN = (
+_TEXT_OFFERED = (
     "prompts", "completions", "completion_ids", "references", "trainer_state", "log_extra", "log_metric",
 )  # fmt: skip
 _NOT_IN_KWARGS = ("prompt", "completion")  # in GRPO neither: `prompts` and `completions` stand in for them
-_OUTPUT_GIVEN = ("outputs", "inputs", "labels", "model", "num_items_in_batch")
+_OUTPUT_OFFERED = ("outputs", "inputs", "labels", "model", "num_items_in_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ class OutputObjective(Objective):
     """
 
     maximize: bool = False
-    offered = _OUTPUT_GIVEN
+    offered = _OUTPUT_OFFERED
 
     @property
     def is_normalised(self) -> bool:
@@ -231,7 +231,7 @@ class TextObjective(Objective):
     as_messages: bool | None = None
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     generates = True
-    offered = _TEXT_GIVEN
+    offered = _TEXT_OFFERED
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -341,25 +341,27 @@ def mean_logit(outputs: Any) -> torch.Tensor:
 
 
 OBJECTIVES: dict[str, Callable[[int | None], Objective]] = {
-    "accuracy": lambda length: _only_forward(OutputObjective(function=accuracy, maximize=True, best=1.0), length),
-    "squad_f1": lambda length: _of_text(squad_f1, length),
-    "exact_match": lambda length: _of_text(exact_match, length),
+    "accuracy": lambda length: _without_generation(
+        OutputObjective(function=accuracy, maximize=True, best=1.0), length
+    ),
+    "squad_f1": lambda length: _text_objective(squad_f1, length),
+    "exact_match": lambda length: _text_objective(exact_match, length),
 }
 """Name -> makes the objective, given `objective_max_new_tokens`."""
 
 PAIR_OBJECTIVES: dict[str, Callable[[int | None], Objective]] = {
-    "accuracy": lambda length: _only_forward(
+    "accuracy": lambda length: _without_generation(
         OutputObjective(function=pair_accuracy, name="accuracy", maximize=True, best=1.0), length
     ),
 }
 """The same, where rows are pairs of answers and a model gives each a score."""
 
 
-def _of_text(score: Callable[..., Any], length: int | None) -> Objective:
+def _text_objective(score: Callable[..., Any], length: int | None) -> Objective:
     return TextObjective(function=score, best=1.0, max_new_tokens=length or 0, as_messages=False)
 
 
-def _only_forward(objective: Objective, max_new_tokens: int | None) -> Objective:
+def _without_generation(objective: Objective, max_new_tokens: int | None) -> Objective:
     if max_new_tokens is not None:
         raise ConfigError(f"`objective_max_new_tokens` has no effect: {objective.name!r} generates nothing.")
     return objective

@@ -25,7 +25,7 @@ from zo2trl.engine.opening import has_run
 from zo2trl.engine.step import Engine
 from zo2trl.errors import CheckpointError, ConfigError
 from zo2trl.tiers.tier import Source
-from zo2trl.trainers.parallel import refuse_other_number
+from zo2trl.trainers.parallel import refuse_other_world_size
 from zo2trl.trainers.resume import checkpoint
 from zo2trl.trainers.resume.replaying import (
     Replay,
@@ -69,7 +69,7 @@ class ResumingMixin(SavingMixin, _Base):
         """Bring the weights to the journal's end, and have the loop go through the steps up to there."""
         self._takes_weights_from_checkpoint = False
         folder = Path(wanted) if isinstance(wanted, str) else None
-        refuse_other_number(self.args.store_path, self.ranks)
+        refuse_other_world_size(self.args.store_path, self.ranks)
         if not self._all_have_runs():
             self._resume_from_weights(folder)
             return

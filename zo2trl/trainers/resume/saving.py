@@ -14,8 +14,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from zo2trl.engine.binding import FirstUse
 from zo2trl.engine.step import Engine
 from zo2trl.journal.journal import MarkKind
+from zo2trl.trainers.hub_upload import HubUploadMixin
 from zo2trl.trainers.metrics import StepMetrics
-from zo2trl.trainers.publishing import PublishingMixin
 from zo2trl.trainers.resume import checkpoint
 from zo2trl.trainers.resume.recording import RecordingMixin
 from zo2trl.trainers.resume.replaying import note_start, settings_of
@@ -29,7 +29,7 @@ WEIGHTS = (FULL_WEIGHTS, "adapter_model.safetensors")
 _Base = Trainer if TYPE_CHECKING else object
 
 
-class SavingMixin(RecordingMixin, PublishingMixin, _Base):
+class SavingMixin(RecordingMixin, HubUploadMixin, _Base):
     """The part of `ZOTrainerMixin` that saves."""
 
     args: Any

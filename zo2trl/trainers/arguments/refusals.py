@@ -1,8 +1,7 @@
-"""Arguments of transformers and TRL that forward-only training cannot honour: refused, or warned about.
+"""This module refuses arguments of transformers and TRL that forward-only training cannot honour, or warns about them.
 
-Does not: know what becomes of which argument (fields.py); it finds out which ones the user changed, and says so.
-
-Invariant: an argument the user changed is honoured, warned about, or refused; never silently ignored.
+Does not: decide which arguments are refused (upstream_arguments.py lists them). It finds those that the user changed.
+Invariant: an argument that the user changed is honoured, warned about, or refused; none is silently ignored.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zo2trl.errors import ConfigError, UnsupportedError
-from zo2trl.trainers.arguments.fields import REFUSED, SUPPORTED, WITHOUT_EFFECT
+from zo2trl.trainers.arguments.upstream_arguments import REFUSED, SUPPORTED, WITHOUT_EFFECT
 
 __all__ = ["check_arguments", "check_optimizers", "refusal", "upstream_fields"]
 

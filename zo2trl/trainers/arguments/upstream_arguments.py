@@ -1,9 +1,9 @@
 """What becomes of every argument of upstream's configs in ZO training: supported, without effect, or refused.
 
-Does not: look at a config (support.py), or render the table (support_table.py).
+Does not: look at a config (refusals.py), or render the table (support_page.py).
 
 Invariant: a field of an upstream config is in exactly one of the three tables, and
-tests/trainers/arguments/test_support.py fails on one that is in none.
+tests/trainers/arguments/test_refusals.py fails on one that is in none.
 """
 
 __all__ = ["AS_UPSTREAM", "REFUSED", "SUPPORTED", "WITHOUT_EFFECT"]

@@ -17,9 +17,9 @@ from tests.support.trainings import small_model
 from zo2trl import ZOConfig, ZODPOConfig, ZORewardConfig, ZOSFTConfig, ZOTrainer
 from zo2trl.errors import ConfigError, UnsupportedError, ZO2TRLError
 from zo2trl.trainers.arguments.config import convert_arguments
-from zo2trl.trainers.arguments.fields import REFUSED, SUPPORTED, WITHOUT_EFFECT
-from zo2trl.trainers.arguments.support import check_arguments, upstream_fields
-from zo2trl.trainers.arguments.support_table import CONFIGS, versions
+from zo2trl.trainers.arguments.refusals import check_arguments, upstream_fields
+from zo2trl.trainers.arguments.support_page import CONFIGS, versions
+from zo2trl.trainers.arguments.upstream_arguments import REFUSED, SUPPORTED, WITHOUT_EFFECT
 
 PAGE = Path(__file__).parents[3] / "docs" / "support.md"
 OURS: dict[type, Any] = {
@@ -46,7 +46,7 @@ def config_with(name: str, value: Any, folder: Path) -> Any:
 def test_every_upstream_argument_has_been_classified_once() -> None:
     tables = (SUPPORTED, WITHOUT_EFFECT, REFUSED)
     unknown = {name for name in FIRST_WITH if not any(name in table for table in tables)}
-    assert not unknown, f"{unknown} of {versions()}: say in fields.py what becomes of it under ZO"
+    assert not unknown, f"{unknown} of {versions()}: say in upstream_arguments.py what becomes of it under ZO"
     names = [name for table in tables for name in table]
     assert sorted(names) == sorted(set(names))
     if versions() in PAGE.read_text():

@@ -89,14 +89,14 @@ def count_like(
     peft_config = next(iter(peft_configs.values()), None)
     try:
         model, run = build_model(type(base), base.config, dtype=base.dtype, peft_config=peft_config)
-        _adopt_dtypes(model, trained)
+        _copy_dtypes(model, trained)
     except Exception:
         logger.debug("No model could be built to count a pass of.", exc_info=True)
         return None
     return count_batch(model, run, (ids.shape[0], ids.shape[1]), autocast=autocast, on_cpu=on_cpu)
 
 
-def _adopt_dtypes(model: nn.Module, trained: nn.Module) -> None:
+def _copy_dtypes(model: nn.Module, trained: nn.Module) -> None:
     """Give parameters the dtypes that the trained model has them in.
 
     Raises:

@@ -1,8 +1,8 @@
 """docs/support.md as code: what becomes of every argument of the upstream configs, one row per field.
 
-Run `make docs-pages` after a change of fields.py or of versions.
+Run `make docs-pages` after a change of upstream_arguments.py or of versions.
 
-Does not: classify anything (fields.py).
+Does not: classify anything (upstream_arguments.py).
 Invariant: a field is listed once, under the first config that has it.
 """
 
@@ -14,8 +14,8 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
-from zo2trl.trainers.arguments.fields import AS_UPSTREAM, REFUSED, SUPPORTED, WITHOUT_EFFECT
-from zo2trl.trainers.arguments.support import upstream_fields
+from zo2trl.trainers.arguments.refusals import upstream_fields
+from zo2trl.trainers.arguments.upstream_arguments import AS_UPSTREAM, REFUSED, SUPPORTED, WITHOUT_EFFECT
 
 __all__ = ["CONFIGS", "classify", "support_page", "versions"]
 
@@ -25,7 +25,7 @@ CONFIGS = (TrainingArguments, SFTConfig, DPOConfig, RewardConfig)
 _HEAD = """# What becomes of upstream's arguments
 
 Generated from the dataclasses of {versions} by `make docs-pages`; do not edit.
-`tests/trainers/arguments/test_support.py` fails when a field is missing here, when a refused one is taken, when one
+`tests/trainers/arguments/test_refusals.py` fails when a field is missing here, when a refused one is taken, when one
 without effect is not warned about, and when no test uses a supported one.
 
 - **supported**: does what upstream's documentation says, or what the note says.

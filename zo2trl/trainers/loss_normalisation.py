@@ -16,16 +16,16 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["LossScaling"]
+__all__ = ["LossNormalisation"]
 
 
-class LossScaling:
+class LossNormalisation:
     """Decides once per trainer whether its loss consumes `num_items_in_batch`, and if it was multiplied."""
 
     _consumes: bool | None = None
     _was_multiplied: bool | None = None
 
-    def find_out(self, trainer: Any, model: nn.Module, batches: list[tuple[Any, Any]]) -> None:
+    def detect(self, trainer: Any, model: nn.Module, batches: list[tuple[Any, Any]]) -> None:
         """Compare losses of one micro-batch with the losses when told that there are twice as many items.
 
         Undecided micro-batches (no label that counts, a loss that is not finite) are passed over; if there is no
@@ -36,10 +36,10 @@ class LossScaling:
             return
         if trainer.objective is not None or (n_shares == 1 and self._declared(trainer) is not None):
             return
-        found = next(filter(None, (self._look(trainer, model, *batch) for batch in batches)), (-1, -1))
-        told = [row for row in trainer.ranks.gather("scaling of the loss", found) if row[0] >= 0]
-        if told:
-            self._consumes, self._was_multiplied = map(bool, told[0])
+        found = next(filter(None, (self._compare(trainer, model, *batch) for batch in batches)), (-1, -1))
+        votes = [row for row in trainer.ranks.gather("normalisation of the loss", found) if row[0] >= 0]
+        if votes:
+            self._consumes, self._was_multiplied = map(bool, votes[0])
 
     def divisor(self, trainer: Any, num_items_in_batch: Any) -> int:
         """What a micro-batch's loss must be divided by for the sum over micro-batches and processes to be the loss."""
@@ -58,16 +58,16 @@ class LossScaling:
             divisor * n_shares if (multiplies if self._was_multiplied is None else self._was_multiplied) else divisor
         )
 
-    def _look(self, trainer: Any, model: nn.Module, inputs: Any, n_items: Any) -> tuple[int, int] | None:
+    def _compare(self, trainer: Any, model: nn.Module, inputs: Any, n_items: Any) -> tuple[int, int] | None:
         """(whether a loss depends on the number of items, whether it was multiplied); None: this one does not tell."""
-        looks = [partial(self._loss_given, trainer, model, inputs, items) for items in (n_items, 2 * n_items)]
-        once, twice = (abs(float(value.mean())) for value in trainer.engine.run_clean(looks))
+        closures = [partial(self._loss_given, trainer, model, inputs, items) for items in (n_items, 2 * n_items)]
+        once, twice = (abs(float(value.mean())) for value in trainer.engine.run_clean(closures))
         if not math.isfinite(once) or once == 0.0:
             return None
         if trainer.ranks.n_shares_of_data == 1:
             return int(twice < 0.75 * once), 0
         with _not_averaging(trainer.args):  # in a traversal of its own: passes take turns
-            (alone,) = (abs(float(value.mean())) for value in trainer.engine.run_clean(looks[:1]))
+            (alone,) = (abs(float(value.mean())) for value in trainer.engine.run_clean(closures[:1]))
         return int(twice < 0.75 * once), int(alone < 0.75 * once)
 
     def _declared(self, trainer: Any) -> bool | None:

@@ -1,4 +1,4 @@
-"""PublishingMixin: what goes to the Hub is the model, not the store that lies beside it.
+"""HubUploadMixin: what goes to the Hub is the model, not the store that lies beside it.
 
 Upstream uploads everything in `output_dir` but checkpoints, and a checkpoint before it is finished. Here the store is
 left out, a checkpoint goes when its marker is written, and the model's files go from the checkpoint itself.
@@ -19,14 +19,14 @@ from transformers.utils.hub import PushInProgress
 from zo2trl.trainers.resume.checkpoint import STATE_NAMES
 from zo2trl.versions import package_version
 
-__all__ = ["PublishingMixin"]
+__all__ = ["HubUploadMixin"]
 
 _Base = Trainer if TYPE_CHECKING else object
 
-_NOT_THE_MODEL = ("_*", "checkpoint-*")  # upstream's: what a user hides, and checkpoints
+_IGNORED = ("_*", "checkpoint-*")  # upstream's: what a user hides, and checkpoints
 
 
-class PublishingMixin(_Base):
+class HubUploadMixin(_Base):
     """The part of `ZOTrainerMixin` that uploads."""
 
     args: Any
@@ -57,7 +57,7 @@ class PublishingMixin(_Base):
         self.create_model_card(model_name=name, tags=tags, **kwargs)
         self._finish_current_push()
         return self._upload(
-            Path(args.output_dir), str(commit_message), ignored=self._hidden(), token=token,
+            Path(args.output_dir), str(commit_message), ignored=self._ignored_patterns(), token=token,
             revision=revision, run_as_future=not blocking,
         )  # fmt: skip
 
@@ -74,7 +74,7 @@ class PublishingMixin(_Base):
         at = f"step {self.state.global_step}" if is_by_steps else f"epoch {int(self.state.epoch or 0)}"
         message, folder = f"Training in progress, {at}", Path(checkpoint_folder)
         jobs = [
-            self._upload(Path(args.output_dir), message, ignored=self._hidden()),  # the model card, logs
+            self._upload(Path(args.output_dir), message, ignored=self._ignored_patterns()),  # the model card, logs
             self._upload(folder, message, ignored=list(STATE_NAMES)),
         ]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -98,8 +98,8 @@ class PublishingMixin(_Base):
             run_as_future=run_as_future, **named,
         )  # fmt: skip
 
-    def _hidden(self) -> list[str]:
+    def _ignored_patterns(self) -> list[str]:
         """Patterns, relative to `output_dir`, of what is no part of the model."""
         store, home = self.args.store_path.resolve(), Path(self.args.output_dir).resolve()
         inside = [f"{store.relative_to(home).as_posix()}/*"] if store.is_relative_to(home) and store != home else []
-        return [*_NOT_THE_MODEL, *inside]
+        return [*_IGNORED, *inside]
