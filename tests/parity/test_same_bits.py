@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, default_data_collator
 
+from tests.support.covering import every_pair, every_value
 from tests.support.models import NAMES, tiny_model, tiny_rows
 from tests.support.plain import PlainStep, PlainZO
 from tests.support.runs import (
@@ -88,8 +89,7 @@ def plain_run(name: str) -> tuple[list[PlainStep], Weights]:
     return steps, weights_of(model)
 
 
-@every_model
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("name", "place"), every_value(NAMES, PLACES))
 def test_losses_and_weights_equal_plain_perturbed_forwards(name: str, place: str, tmp_path: Path) -> None:
     steps, weights = plain_run(name)
     with closing(make(name, tmp_path, **options_of(name, place, tmp_path))) as trainer:
@@ -106,8 +106,7 @@ def test_losses_and_weights_equal_plain_perturbed_forwards(name: str, place: str
     assert bool(visits) == place.endswith("leaf")
 
 
-@pytest.mark.parametrize("name", ["opt", "llama-tied", "mixtral", "t5"])
-@pytest.mark.parametrize("every", [1, 2, 100])
+@pytest.mark.parametrize(("name", "every"), every_value(["opt", "llama-tied", "mixtral", "t5"], [1, 2, 100]))
 def test_the_write_back_interval_changes_nothing(name: str, every: int, tmp_path: Path) -> None:
     steps, weights = plain_run(name)
     with closing(make(name, tmp_path, **PLACES["disk-leaf"], write_back_every=every)) as trainer:
@@ -149,9 +148,9 @@ def run_with(name: str, place: str, setting: str) -> tuple[list[float], Weights]
             return [log["zo/loss_minus"] for log in step_logs(trainer)], weights_of(trainer.model)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["opt", "llama-tied", "t5"])
-@pytest.mark.parametrize("place", ["disk-leaf", "mixed-block"])
+@pytest.mark.parametrize(
+    ("setting", "name", "place"), every_pair(SETTINGS, ["opt", "llama-tied", "t5"], ["disk-leaf", "mixed-block"])
+)
 def test_other_settings_give_the_same_bits_in_every_place(name: str, setting: str, place: str) -> None:
     losses, weights = run_with(name, "on-device", setting)
     found_losses, found = run_with(name, place, setting)
@@ -161,8 +160,7 @@ def test_other_settings_give_the_same_bits_in_every_place(name: str, setting: st
     assert differing(weights_of(original), weights) != []
 
 
-@every_model
-@pytest.mark.parametrize("place", ["on-device", "disk-leaf", "mixed-block"])
+@pytest.mark.parametrize(("name", "place"), every_value(NAMES, ["on-device", "disk-leaf", "mixed-block"]))
 def test_evaluation_gives_the_same_bits_batched_and_one_by_one(
     name: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +189,7 @@ def plain_evaluation(model: nn.Module, rows: list[dict[str, torch.Tensor]]) -> f
     return np.mean(torch.cat(losses).numpy()).item()
 
 
-@every_model
-@pytest.mark.parametrize("place", ["disk-leaf", "mixed-block"])
+@pytest.mark.parametrize(("name", "place"), every_value(NAMES, ["disk-leaf", "mixed-block"]))
 def test_a_saved_model_reloads_with_plain_transformers_to_the_same_bits(name: str, place: str, tmp_path: Path) -> None:
     with closing(make(name, tmp_path / "run", **options_of(name, place, tmp_path / "run"))) as trainer:
         trainer.train()
