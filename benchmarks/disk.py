@@ -24,7 +24,8 @@ from torch import nn
 from benchmarks._floors import DriveRates, Extent, drive_rates, raw_read_s
 from benchmarks._report import add_out, write_report
 from zo2trl.files.fs import FS, LOCAL
-from zo2trl.layout.layout import Layout, Segment, TensorSpec, plan_layout
+from zo2trl.layout.layout import Layout, Segment, TensorSpec
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.planning.budgets import Budgets
 from zo2trl.planning.placement import place
 from zo2trl.tiers.device import DeviceTier

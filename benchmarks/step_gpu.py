@@ -41,7 +41,7 @@ from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
 from zo2trl.engine.step import Engine
 from zo2trl.engine.trace import draw_timeline, zo_trace
 from zo2trl.files.sizes import parse_size
-from zo2trl.layout.layout import plan_layout
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.planning.budgets import Budgets
 from zo2trl.planning.placement import place
 from zo2trl.zo.estimators import TwoSidedSPSA

@@ -9,7 +9,7 @@ from benchmarks._floors import MAX_RAW_BYTES, DriveRates, drive_rates, raw_read_
 from benchmarks._report import command
 from benchmarks.disk import Model
 from benchmarks.step_gpu import BLOCK, MODES, bounds_ms, budgets, drive_floors, judged, line
-from zo2trl.layout.layout import plan_layout
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.planning.budgets import Budgets
 from zo2trl.planning.placement import place
 

@@ -13,7 +13,8 @@ from tests.support.models import NAMES, tiny_model
 from tests.support.toys import Quadratic
 from zo2trl.checkpoints.model_files import ModelFiles, describe_model, fill
 from zo2trl.errors import StoreCorrupt, ZO2TRLError
-from zo2trl.layout.layout import TensorSpec, plan_layout
+from zo2trl.layout.layout import TensorSpec
+from zo2trl.layout.model_layout import plan_layout
 
 
 def specs_of(model: torch.nn.Module) -> list[TensorSpec]:

@@ -23,7 +23,7 @@ from tests.support.toys import (
 from zo2trl.engine.discovery import settle_granularity
 from zo2trl.engine.opening import open_engine, plan_engine
 from zo2trl.errors import BudgetError, TraversalError
-from zo2trl.layout.layout import plan_layout
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.planning.budgets import Budgets
 from zo2trl.planning.placement import smallest_device_budget
 

@@ -103,7 +103,7 @@ def test_traversals_are_dry_run_on_this_machine_and_leave_nothing_behind(
 
 def test_a_dry_run_model_is_visited_block_by_block() -> None:
     from zo2trl.forecast.traversal_bench import _Chain
-    from zo2trl.layout.layout import find_stacks
+    from zo2trl.layout.model_layout import find_stacks
 
     model: nn.Module = _Chain(4, 2)
     assert [len(stack) for _, stack in find_stacks(model)] == [4]

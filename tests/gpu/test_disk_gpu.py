@@ -203,7 +203,7 @@ class Rig:
         seen = []
         for segment in self.segments:
             fetch, _ = self.fetcher.take(segment)
-            seen.append(fetch.wire.clone())
+            seen.append(fetch.stored.clone())
             self.fetcher.give_back(fetch)
         return [one.cpu() for one in seen]
 

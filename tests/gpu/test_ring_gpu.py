@@ -57,11 +57,11 @@ class Reader:
     def look(self, segment: Segment, fetch: Fetch) -> None:
         if self.late:
             torch.cuda._sleep(self.late)
-        self.wrong += (fetch.wire != segment.index).sum()
+        self.wrong += (fetch.stored != segment.index).sum()
 
     def visit(self, segment: Segment, *, after: Future | None = None) -> None:
         fetch, _ = self.fetcher.take(segment)
-        self.addresses[segment.index].add(fetch.wire.data_ptr())
+        self.addresses[segment.index].add(fetch.stored.data_ptr())
         self.look(segment, fetch)
         self.fetcher.give_back(fetch, after=after)
 
@@ -117,7 +117,7 @@ def test_a_write_back_that_is_late_reads_what_was_in_the_slot() -> None:
             reader.look(segment, fetch)
             written.append((segment, torch.zeros(segment.n_bytes, dtype=torch.uint8).pin_memory()))
             ready = torch.cuda.current_stream().record_event()
-            fetcher.give_back(fetch, after=writer.submit(write, fetch.wire, ready, written[-1][1]))
+            fetcher.give_back(fetch, after=writer.submit(write, fetch.stored, ready, written[-1][1]))
     writer.shutdown(wait=True)
     reader.end()
     assert all(bool((into == segment.index).all()) for segment, into in written)
@@ -153,7 +153,7 @@ def test_a_new_ring_does_not_overwrite_what_late_kernels_still_read() -> None:
     del before
     fetcher = Prefetcher(LEAVES, residency.load, ring_bytes=n_bytes, device=GPU)
     fetch, _ = fetcher.take(LEAVES[0])
-    assert fetch.wire.data_ptr() == address, "the case this test is about"
+    assert fetch.stored.data_ptr() == address, "the case this test is about"
     fetcher.give_back(fetch)
     torch.cuda.synchronize()
     assert int(total) == 5 * n_bytes
@@ -164,7 +164,7 @@ def test_uploads_that_nobody_took_do_not_reach_whoever_gets_the_rings_memory_nex
     n_bytes = 64 << 20
     fetcher = Prefetcher(LEAVES, Residency(late=20 * LATE).load, ring_bytes=n_bytes, device=GPU)
     fetch, _ = fetcher.take(LEAVES[0])
-    address = fetch.wire.data_ptr()
+    address = fetch.stored.data_ptr()
     fetcher.give_back(fetch)
     del fetch
     fetcher.close()

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.support.toys import Block, Toy, toy
-from zo2trl.layout.layout import Layout, find_stacks, plan_layout
+from zo2trl.layout.layout import Layout
+from zo2trl.layout.model_layout import find_stacks, plan_layout
 from zo2trl.zo.tiles import TILE
 
 

@@ -18,8 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tests.support.models import NAMES, tiny_model
 from tests.support.stores import rule
 from zo2trl.errors import StoreCorrupt
-from zo2trl.layout.layout import Layout, Unit, plan_layout
+from zo2trl.layout.layout import Layout, Unit
 from zo2trl.layout.layout_file import base_digest, read_layout, write_layout
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.zo.records import StepRecord
 from zo2trl.zo.tiles import TILE
 
@@ -127,7 +128,7 @@ def with_unit(**changes: Any) -> Callable[[Any], None]:
 
 
 WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
-    "another format": (lambda content: content.update(format=2), "format 2"),
+    "another format": (lambda content: content.update(format=1), "format 1"),
     "no units": (lambda content: content.update(units=[]), "`id`s"),
     "units that are no list": (lambda content: content.update(units={}), "`units`"),
     "a unit that is no table": (lambda content: content["units"].append(7), r"units\[\d\]"),

@@ -9,7 +9,7 @@ import torch
 from tests.support.models import tiny_batch, tiny_model
 from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.step import Engine
-from zo2trl.layout.layout import plan_layout
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.planning.budgets import Budgets
 from zo2trl.planning.placement import smallest_device_budget
 

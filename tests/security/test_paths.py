@@ -18,8 +18,8 @@ from zo2trl.checkpoints.load import load_mapped
 from zo2trl.checkpoints.model_files import ModelFiles, describe_model
 from zo2trl.errors import CheckpointError, StoreCorrupt, UnsupportedError, ZO2TRLError
 from zo2trl.journal.format import UnitRecord
-from zo2trl.layout.layout import plan_layout
 from zo2trl.layout.layout_file import read_layout, write_layout
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.tiers.unit_files import UnitFiles
 from zo2trl.trainers.resume import checkpoint
 from zo2trl.trainers.resume.checkpoint import Pointer, commit_checkpoint, read_checkpoint

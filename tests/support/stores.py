@@ -1,6 +1,6 @@
 """Layouts and stores without an engine: for tests of the rooms below it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from torch import nn
 from zo2trl.files.fs import FS, LOCAL
 from zo2trl.journal.journal import Journal
 from zo2trl.journal.logbook import Logbook
-from zo2trl.layout.layout import Layout, Segment, TensorSpec, Unit, VisitPoint, plan_layout
+from zo2trl.layout.layout import Layout, Segment, TensorSpec, Unit, VisitPoint
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.planning.budgets import Budgets
 from zo2trl.planning.placement import Placement, place
 from zo2trl.planning.write_schedule import WriteSchedule
@@ -37,7 +38,7 @@ def synthetic_layout(blocks: Sequence[Sequence[int]], *, root_tiles: int = 1, tr
         for n_tiles in leaves:
             specs.append(
                 TensorSpec(name=f"t{next_id}", tensor_id=next_id, shape=(n_tiles * TILE,), dtype=torch.float32,
-                           byte_offset=offset, trainable=trainable, decays=False)
+                           byte_offset=offset, stored_offset=offset, trainable=trainable, decays=False)
             )  # fmt: skip
             next_id, offset = next_id + 1, offset + specs[-1].n_padded_bytes
         kind = "block" if index else "root"
@@ -93,11 +94,12 @@ def make_store(
     every: int = 1,
     snapshot: int = 1 << 40,
     by_leaf: bool = False,
+    stored: Mapping[str, str] | None = None,
     fs: FS = LOCAL,
     disk: Callable[..., DiskTier] = DiskTier,
 ) -> TieredStore:
     """A filled store with every block in one tier."""
-    layout = plan_layout(model, leaf_blocks="all" if by_leaf else ())
+    layout = plan_layout(model, leaf_blocks="all" if by_leaf else (), stored=stored)
     placement = placed(layout, tier)
     in_cpu = [layout.units[index] for index in placement.units_in("cpu")]
     fs.make_dir(folder / "units")

@@ -21,7 +21,7 @@ def tensors(*numels: int, dtype: torch.dtype = torch.uint8) -> list[TensorSpec]:
     specs, offset = [], 0
     for number, numel in enumerate(numels):
         specs.append(TensorSpec(name=f"t{number}", tensor_id=10 + number, shape=(numel,), dtype=dtype,
-                                byte_offset=offset, trainable=True, decays=False))  # fmt: skip
+                                byte_offset=offset, stored_offset=offset, trainable=True, decays=False))  # fmt: skip
         offset += specs[-1].n_padded_bytes
     return specs
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.toys import toy
 from zo2trl.errors import ShortRead, StoreCorrupt
-from zo2trl.layout.layout import Unit, plan_layout
+from zo2trl.layout.layout import Unit
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.original_files import OriginalFiles, OriginalHome
 from zo2trl.tiers.tier import carve

@@ -43,7 +43,7 @@ class Ring:
     def visit(self, segment, *, after=None):
         fetch, position = self.fetcher.take(segment)
         assert position == 100 + segment.index
-        assert bool((fetch.wire == segment.index).all())
+        assert bool((fetch.stored == segment.index).all())
         self.fetcher.give_back(fetch, after=after)
 
     def settle(self):
@@ -121,7 +121,7 @@ def test_two_segments_may_be_held_at_once():
     with Ring(3) as ring:
         one, _ = ring.fetcher.take(SEGMENTS[0])
         two, _ = ring.fetcher.take(SEGMENTS[1])
-        assert bool((one.wire == 1).all()) and bool((two.wire == 2).all())
+        assert bool((one.stored == 1).all()) and bool((two.stored == 2).all())
         ring.fetcher.give_back(one)
         ring.fetcher.give_back(two)
         ring.visit(SEGMENTS[2])
@@ -192,7 +192,7 @@ def test_a_slot_is_not_reused_while_a_write_back_still_reads_it():
             for segment in SEGMENTS[1:n_slots]:
                 ring.visit(segment)
             time.sleep(0.05)
-            assert bool((fetch.wire == 1).all()), "the write-back still reads these bytes"
+            assert bool((fetch.stored == 1).all()), "the write-back still reads these bytes"
             written.set_result(None)
             for segment in SEGMENTS[n_slots:]:
                 ring.visit(segment)
@@ -210,10 +210,10 @@ def test_a_slot_under_the_models_hands_is_never_overwritten():
     with Ring(2) as ring:
         held, _ = ring.fetcher.take(SEGMENTS[0])
         time.sleep(0.05)
-        assert bool((held.wire == 1).all())
+        assert bool((held.stored == 1).all())
         ring.visit(SEGMENTS[1])
         ring.visit(SEGMENTS[4])
-        assert bool((held.wire == 1).all())
+        assert bool((held.stored == 1).all())
         ring.fetcher.give_back(held)
 
 
@@ -234,7 +234,7 @@ LEAVES = synthetic_layout([[1, 4, 4, 2], [1, 6, 1, 3], [2, 2, 5]]).segments[1:]
 
 
 def address(fetch):
-    return fetch.wire.data_ptr()
+    return fetch.stored.data_ptr()
 
 
 @settings(max_examples=40, deadline=None)
@@ -254,7 +254,7 @@ def test_a_segment_has_the_same_address_in_every_round_whatever_was_asked_for_in
         for detour in ([], LEAVES[3:7], [], LEAVES[::-2], []):
             for segment in [*LEAVES, *detour]:
                 fetch, _ = ring.fetcher.take(segment)
-                assert fetch.wire.numel() == segment.n_bytes
+                assert fetch.stored.numel() == segment.n_bytes
                 addresses[segment.index].add(address(fetch))
                 ring.fetcher.give_back(fetch)
         assert {len(seen) for seen in addresses.values()} == {1}
@@ -294,7 +294,7 @@ def test_more_lent_at_once_than_the_ring_holds_is_an_error_and_not_a_wait():
         held = [ring.fetcher.take(segment)[0] for segment in SEGMENTS[:2]]
         with pytest.raises(TraversalError, match="leave no room"):
             ring.fetcher.take(SEGMENTS[2])
-        assert all(bool((fetch.wire == i).all()) for i, fetch in enumerate(held, start=1))
+        assert all(bool((fetch.stored == i).all()) for i, fetch in enumerate(held, start=1))
         for fetch in held:
             ring.fetcher.give_back(fetch)
         ring.visit(SEGMENTS[2])

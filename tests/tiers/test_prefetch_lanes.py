@@ -61,7 +61,7 @@ def test_a_dropped_load_passes_on_whom_it_should_have_waited_for():
         ring.fetcher.drop()
         threading.Timer(0.05, written.set_result, [None]).start()
         other, _ = ring.fetcher.take(SEGMENTS[3])
-        assert written.done() and bool((other.wire == 4).all())
+        assert written.done() and bool((other.stored == 4).all())
         ring.fetcher.give_back(other)
 
 

@@ -19,7 +19,7 @@ from tests.support.stores import (
     visit_all,
 )
 from tests.support.toys import TIERS, toy, weights_of
-from zo2trl.layout.layout import plan_layout
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.tiers.disk import DiskTier
 
 STEPS = 8

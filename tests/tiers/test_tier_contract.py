@@ -11,7 +11,7 @@ from tests.support.stores import CPU, source_of
 from tests.support.toys import TIERS, toy
 from zo2trl.errors import StoreError
 from zo2trl.files.fs import FS
-from zo2trl.layout.layout import plan_layout
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.host import HostTier

@@ -1,1 +1,1 @@
-"""What a unit looks like on the wire between its home and the device."""
+"""Forms of weights in storage and on links, and the codecs that turn them into weights again."""

@@ -1,42 +1,78 @@
-"""Transfer codecs: how a segment's bytes travel from its home to the execution device.
+"""Codecs: the forms in which tiers store weights and links carry them, and how the bytes become weights again.
 
-Does not: move bytes (tiers/prefetch.py) or change what is stored (tiers/store.py).
-Invariant: a trainable segment decodes to exactly the bytes that were stored; only frozen ones may be lossy.
+A tensor's stored form is the identity of a codec (`TensorSpec.stored`). Tiers, the ring, files and budgets count
+stored bytes; a lease decodes them, on the execution device, into a buffer that the placement counts.
+
+Does not: move bytes (tiers/), choose the form of a tensor (layout/), or know any model.
+Invariant: what `decode` writes is a pure function of the stored bytes, on every device. Only frozen tensors may have
+another form than `Plain`, so no codec ever comes between a weight and its updates.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-__all__ = ["PLAIN", "Codec", "Plain"]
+__all__ = ["PLAIN", "Codec", "Plain", "codec_of", "is_known", "register"]
 
 
 class Codec(Protocol):
-    """Sizes a ring slot and turns what arrived in it into weights."""
+    """One stored form of a tensor. All bytes are flat uint8 tensors without padding."""
 
-    identity: str
-
-    def wire_bytes(self, n_bytes: int) -> int:
-        """Bytes on the wire for `n_bytes` of storage."""
+    @property
+    def identity(self) -> str:
+        """The form's name in layout files and journals, with every parameter of it that bytes depend on."""
         ...
 
-    def decode(self, wire: torch.Tensor) -> torch.Tensor:
-        """uint8 wire bytes on the device -> uint8 storage bytes on the device (may be the same memory)."""
+    def stored_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Bytes that a tensor of this shape and decoded dtype takes in this form."""
+        ...
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """The stored bytes of a tensor; lossy, if the form is, and on the tensor's device."""
+        ...
+
+    def decode(self, stored: torch.Tensor, into: torch.Tensor) -> None:
+        """Write the values of stored bytes into a tensor of the decoded shape and dtype on the same device.
+
+        Only enqueues work on a GPU's current stream: it neither allocates in proportion to the tensor nor waits.
+        """
         ...
 
 
 class Plain:
-    """Storage bytes as they are: nothing to encode, nothing to decode."""
+    """The elements as they are. Leases skip it: a plain segment is used where it is stored."""
 
     identity = "plain"
 
-    def wire_bytes(self, n_bytes: int) -> int:
-        """Same number."""
-        return n_bytes
+    def stored_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Bytes of the elements."""
+        return torch.Size(shape).numel() * dtype.itemsize
 
-    def decode(self, wire: torch.Tensor) -> torch.Tensor:
-        """Same memory."""
-        return wire
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """The same memory, if the tensor is contiguous."""
+        return values.contiguous().view(-1).view(torch.uint8)
+
+    def decode(self, stored: torch.Tensor, into: torch.Tensor) -> None:
+        """Copy."""
+        into.copy_(stored.view(into.dtype).view(into.shape))
 
 
 PLAIN = Plain()
+
+_CODECS: dict[str, Codec] = {PLAIN.identity: PLAIN}
+
+
+def register(codec: Codec) -> None:
+    """Make a form known by its identity, before any layout names it. A second one of the same identity replaces it."""
+    _CODECS[codec.identity] = codec
+
+
+def codec_of(identity: str) -> Codec:
+    """The codec of a stored form. Raises `KeyError` for one that was never registered."""
+    return _CODECS[identity]
+
+
+def is_known(identity: str) -> bool:
+    """Whether `codec_of` has it."""
+    return identity in _CODECS

@@ -41,7 +41,7 @@ from zo2trl.checkpoints.weight_files import (
 from zo2trl.errors import CheckpointError, ConfigError, UnsupportedError, ZO2TRLError
 from zo2trl.files.fs import LOCAL
 from zo2trl.files.sizes import format_bytes
-from zo2trl.layout.layout import find_stacks
+from zo2trl.layout.model_layout import find_stacks
 
 __all__ = ["MappedModel", "load_mapped"]
 

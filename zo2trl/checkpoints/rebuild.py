@@ -23,7 +23,7 @@ from zo2trl.files.fs import FS, LOCAL
 from zo2trl.journal.journal import UnitRecord
 from zo2trl.layout.layout import TensorSpec, Unit
 from zo2trl.layout.layout_file import whole_segment
-from zo2trl.tiers.tier import carve, host_bytes, tensor_view
+from zo2trl.tiers.tier import encoded, host_bytes, put_tensor, tensor_view
 from zo2trl.tiers.unit_files import padded_crc, table_crc, tensor_crcs
 from zo2trl.zo.records import Record, StepRecord
 from zo2trl.zo.rules import UpdateRule
@@ -100,7 +100,7 @@ class Rebuild:
             if all(self._run.files.versions(unit) == known[unit.index] for unit in missing):
                 break  # no training removed them just now: they are lost, and an older start must do
         self._total = sum(self._work_bytes(unit) for unit in units)
-        replayed = [unit.n_bytes for unit in units if self._is_replayed(unit)]
+        replayed = [unit.stored_bytes for unit in units if self._is_replayed(unit)]
         self._largest = max(replayed, default=0)
         return sum(replayed)
 
@@ -183,7 +183,7 @@ class Rebuild:
         return bool(self._pending(unit, next(self._starts(unit))))
 
     def _work_bytes(self, unit: Unit) -> int:
-        return unit.n_bytes * (1 + len(self._pending(unit, next(self._starts(unit)))))
+        return unit.stored_bytes * (1 + len(self._pending(unit, next(self._starts(unit)))))
 
     # -- replay
 
@@ -193,28 +193,28 @@ class Rebuild:
             values = {spec: self._from_base(spec) for spec in unit.tensors}
             is_cast = any(value.data_ptr() != self._base.tensor(spec).data_ptr() for spec, value in values.items())
             if not (pending or is_cast):
-                self._advance(unit, unit.n_bytes)
+                self._advance(unit, unit.stored_bytes)
                 return None
             data = self._unit_buffer(unit).zero_()
             for spec, value in values.items():
-                carve(data, spec).copy_(value)
+                put_tensor(data, spec, value)
         else:
             found = self._checked(unit, start)
             if not pending:
-                self._advance(unit, unit.n_bytes)
+                self._advance(unit, unit.stored_bytes)
                 return found
             data = self._unit_buffer(unit).copy_(torch.from_numpy(found))
-        self._advance(unit, unit.n_bytes)
+        self._advance(unit, unit.stored_bytes)
         self._replay(unit, data, pending)
         return self._to_scratch(unit, data)
 
     def _unit_buffer(self, unit: Unit) -> torch.Tensor:
         """Return memory for one unit, the same for all: freed blocks of many sizes never return to the system."""
-        if self._buffer is None or len(self._buffer) < unit.n_bytes:
+        if self._buffer is None or len(self._buffer) < unit.stored_bytes:
             self._buffer = None
-            largest = max(unit.n_bytes, self._largest)
+            largest = max(unit.stored_bytes, self._largest)
             self._buffer = torch.empty(largest, dtype=torch.uint8, device=self._device)
-        return self._buffer[: unit.n_bytes]
+        return self._buffer[: unit.stored_bytes]
 
     def _checked(self, unit: Unit, record: UnitRecord) -> np.ndarray:
         files = self._run.files
@@ -235,7 +235,7 @@ class Rebuild:
     def _from_base(self, spec: TensorSpec) -> torch.Tensor:
         value = self._base.tensor(spec).detach().to(spec.dtype).contiguous()
         expected = self._run.stored.base_crcs[spec.tensor_id]
-        found = padded_crc(spec, host_bytes(value)) if tuple(value.shape) == spec.shape else None
+        found = padded_crc(spec, host_bytes(encoded(spec, value))) if tuple(value.shape) == spec.shape else None
         if found != expected:
             raise StoreForeign(
                 f"{spec.name} in {self._base.where} is not what {self._run.path} began with: "
@@ -250,11 +250,11 @@ class Rebuild:
         for first in range(0, len(records), _RECORDS_PER_REPLAY):
             some = records[first : first + _RECORDS_PER_REPLAY]
             self._rule.replay(data, spans, some)
-            self._advance(unit, unit.n_bytes * len(some))
+            self._advance(unit, unit.stored_bytes * len(some))
 
     def _to_scratch(self, unit: Unit, data: torch.Tensor) -> Path:
         path = self._scratch / f"unit-{unit.index}"
-        fd = self._fs.create(path, unit.n_bytes)
+        fd = self._fs.create(path, unit.stored_bytes)
         try:
             self._fs.write_at(fd, host_bytes(data), 0)
         finally:

@@ -11,7 +11,6 @@ from typing import get_args
 
 import torch
 
-from zo2trl.amp.codecs import PLAIN
 from zo2trl.errors import ConfigError, StoreForeign
 from zo2trl.files.fs import FS, LOCAL
 from zo2trl.journal.journal import JSON, Journal
@@ -149,7 +148,7 @@ def rule_of(run: StoredRun, device: torch.device) -> UpdateRule:
     rule = next((rule for rule in rules if rule.identity == found), None)
     if rule is None or run.header.get("rounding") != rule.rounding:
         raise _unknown(run, "rule")
-    if run.header.get("codec") != PLAIN.identity:
+    if run.header.get("codec") != run.stored.layout.stored_forms:
         raise _unknown(run, "codec")
     return rule
 

@@ -26,7 +26,7 @@ from zo2trl.journal.logbook import Logbook
 from zo2trl.layout.layout import Unit
 from zo2trl.layout.layout_file import StoredLayout, read_layout
 from zo2trl.tiers.folder import StoreFolder, where_it_may_be
-from zo2trl.tiers.tier import host_bytes
+from zo2trl.tiers.tier import encoded, host_bytes
 from zo2trl.tiers.unit_files import UnitFiles, padded_crc
 
 __all__ = ["Finding", "Severity", "verify_store"]
@@ -222,12 +222,12 @@ class _Verification:
 
     def _units(self, run: StoredRun) -> None:
         files, versions = run.files, {unit.index: run.files.versions(unit) for unit in run.stored.units}
-        total = sum(unit.n_bytes * len(versions[unit.index]) for unit in run.stored.units)
+        total = sum(unit.stored_bytes * len(versions[unit.index]) for unit in run.stored.units)
         done = 0
         for unit in run.stored.units:
             for record in versions[unit.index]:
                 self._version(run, unit, record)
-                done += unit.n_bytes
+                done += unit.stored_bytes
                 self._progress(unit.name, done, total)
             if unit.is_trained and not versions[unit.index] and not run.header.get("base_folder"):
                 what = f"the journal names no version of unit {unit.name}, and no base model holds its weights"
@@ -277,7 +277,7 @@ class _Verification:
             with self._as_finding(where):
                 for spec in specs:
                     value = source.tensor(spec).detach().to(spec.dtype).contiguous()
-                    if padded_crc(spec, host_bytes(value)) != run.stored.base_crcs[spec.tensor_id]:
+                    if padded_crc(spec, host_bytes(encoded(spec, value))) != run.stored.base_crcs[spec.tensor_id]:
                         what = f"{spec.name} is not what the run began with"
                         self._add_damage(where, what, "Bring back the base model as it was.")
                     done += spec.n_bytes

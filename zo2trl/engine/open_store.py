@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import transformers
 
-from zo2trl.amp.codecs import PLAIN
 from zo2trl.checkpoints.stored_run import mismatches
 from zo2trl.errors import BudgetError, StoreForeign
 from zo2trl.files.fs import FS
@@ -93,7 +92,7 @@ class StoreSpec:
             "noise": self.rule.noise.identity,
             "rule": self.rule.identity,
             "rounding": self.rule.rounding,
-            "codec": PLAIN.identity,
+            "codec": self.layout.stored_forms,
             "base_folder": self.base_folder,
             "device": self.device.type,
             "versions": {
@@ -254,7 +253,7 @@ def _check_disk_space(
 
 def _file_bytes(unit: Unit) -> int:
     """On disk: bytes, a checksum per tensor, and what is lost to blocks."""
-    return unit.n_bytes + CRC_BYTES * len(unit.tensors) + BLOCK_BYTES
+    return unit.stored_bytes + CRC_BYTES * len(unit.tensors) + BLOCK_BYTES
 
 
 def _fewer(run: StoreSpec) -> str:

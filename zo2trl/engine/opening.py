@@ -21,7 +21,8 @@ from zo2trl.engine.open_store import Mode, StoreSpec, open_store
 from zo2trl.engine.step import Engine
 from zo2trl.errors import BudgetError, ConfigError, StoreForeign
 from zo2trl.files.fs import FS, LOCAL
-from zo2trl.layout.layout import Layout, plan_layout
+from zo2trl.layout.layout import Layout
+from zo2trl.layout.model_layout import plan_layout
 from zo2trl.layout.quantised import quantised_digest
 from zo2trl.parallel.ranks import ALONE, Ranks
 from zo2trl.planning.budgets import Budgets, TierName

@@ -101,7 +101,7 @@ def forecast(
     return Forecast(
         plan=plan, every=every, work=work, links=links_of(loads, every, work),
         peaks=_peaks(plan, options, work=work, process_bytes=process_bytes, copied=copied),
-        disk_written_first=sum(unit.n_bytes for unit in _filed(plan, copied)), tokens=tokens,
+        disk_written_first=sum(unit.stored_bytes for unit in _filed(plan, copied)), tokens=tokens,
         time=None if cost_model is None else cost_model.step_time(loads, every=every, makes_pairs=makes_pairs),
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def _filed(plan: Plan, copied: Collection[int]) -> list[Unit]:
 
 def _peaks(plan: Plan, options: EngineOptions, *, work: Work, process_bytes: int, copied: Collection[int]) -> Peaks:
     placement, units, on_cpu = plan.placement, plan.layout.units, work.on_cpu
-    on_disk = [unit.n_bytes for unit in units if placement.tier_of[unit.index] == "disk"]
+    on_disk = [unit.stored_bytes for unit in units if placement.tier_of[unit.index] == "disk"]
     filed = _filed(plan, copied)
     activations = work.forward.activation_bytes(n_passes=work.passes_together)
     device = placement.device_bytes + activations + workspace_bytes(options.device)
@@ -123,7 +123,7 @@ def _peaks(plan: Plan, options: EngineOptions, *, work: Work, process_bytes: int
         device=device,
         pinned=0 if on_cpu else placement.cpu_bytes + _staging_bytes(plan, on_disk),
         host=host + (device - _untouched_bytes(plan) + VISITOR_BYTES if on_cpu else WRITER_BYTES if on_disk else 0),
-        disk=sum(u.n_bytes for u in filed) + max((u.n_bytes for u in filed if u.is_trained), default=0),
+        disk=sum(u.stored_bytes for u in filed) + max((u.stored_bytes for u in filed if u.is_trained), default=0),
     )
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from zo2trl.layout.layout import find_stacks
+from zo2trl.layout.model_layout import find_stacks
 from zo2trl.planning.rates import dtype_name
 from zo2trl.planning.workload import Workload
 

@@ -7,8 +7,9 @@ takes memory in proportion to the file, whatever sizes it claims.
 
 ::
 
-    {"format": 1, "units": [{"name": ..., "kind": ..., "tensors": [{"name": ..., "id": number in `named_parameters()`,
-     "shape": [...], "dtype": "bfloat16", "offset": bytes, "trainable": ..., "decays": ..., "crc": CRC32}]}]}
+    {"format": 2, "units": [{"name": ..., "kind": ..., "tensors": [{"name": ..., "id": number in `named_parameters()`,
+     "shape": [...], "dtype": "bfloat16", "stored": "plain", "offset": decoded bytes, "trainable": ..., "decays": ...,
+     "crc": CRC32 of the padded stored bytes}]}]}
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from typing import cast, get_args
 
 import torch
 
+from zo2trl.amp.codecs import PLAIN, is_known
 from zo2trl.errors import StoreCorrupt
 from zo2trl.files.fs import FS, LOCAL
 from zo2trl.files.strict_json import Fields, read_json, write_json
@@ -30,7 +32,7 @@ from zo2trl.zo.tiles import TILE
 
 __all__ = ["StoredLayout", "base_digest", "read_layout", "whole_segment", "write_layout"]
 
-LAYOUT_FORMAT = 1
+LAYOUT_FORMAT = 2
 MAX_BYTES = 256 * 2**20
 """About 200 bytes a tensor; the largest published models have a few hundred thousand."""
 MAX_NUMEL = 2**44
@@ -49,7 +51,7 @@ class StoredLayout:
 
     units: tuple[Unit, ...]
     base_crcs: dict[int, int]
-    """Tensor id -> CRC32 of the tensor's padded bytes, in its storage dtype, before the first step."""
+    """Tensor id -> CRC32 of the tensor's padded stored bytes before the first step."""
 
     @property
     def digest(self) -> str:
@@ -83,6 +85,7 @@ def write_layout(path: Path, layout: Layout, base_crcs: Mapping[int, int], *, fs
                     "id": spec.tensor_id,
                     "shape": list(spec.shape),
                     "dtype": str(spec.dtype).removeprefix("torch."),
+                    "stored": spec.stored,
                     "offset": spec.byte_offset,
                     "trainable": spec.trainable,
                     "decays": spec.decays,
@@ -137,18 +140,19 @@ def _read_unit(fields: Fields, index: int, crcs: dict[int, int]) -> Unit:
     if kind not in _KINDS:
         raise fields.refuse("kind", f"{kind!r} is none of {', '.join(_KINDS)}")
     tensors: list[TensorSpec] = []
-    offset = 0
+    offset = stored_offset = 0
     for number, value in enumerate(fields.list("tensors")):
         of_tensor = Fields(value, f"{fields.where}.tensors[{number}]")
-        tensors.append(_read_tensor(of_tensor, offset=offset))
+        tensors.append(_read_tensor(of_tensor, offset=offset, stored_offset=stored_offset))
         crcs[tensors[-1].tensor_id] = of_tensor.integer("crc", least=0, most=2**32 - 1)
         offset += tensors[-1].n_padded_bytes
+        stored_offset += tensors[-1].stored_padded_bytes
     if not tensors:
         raise fields.refuse("tensors", "there are none")
     return Unit(index=index, name=fields.text("name"), kind=cast(Kind, kind), tensors=tuple(tensors))
 
 
-def _read_tensor(fields: Fields, *, offset: int) -> TensorSpec:
+def _read_tensor(fields: Fields, *, offset: int, stored_offset: int) -> TensorSpec:
     shape = tuple(_size(fields, value) for value in fields.list("shape"))
     numel = 1
     for size in shape:
@@ -163,9 +167,14 @@ def _read_tensor(fields: Fields, *, offset: int) -> TensorSpec:
     trainable = fields.flag("trainable")
     if trainable and not dtype.is_floating_point:
         raise fields.refuse("trainable", f"a tensor of {dtype} cannot be trained")
+    if not is_known(stored := fields.text("stored")):
+        raise fields.refuse("stored", f"{stored[:40]!r} is no form of weights that this zo2trl knows")
+    if trainable and stored != PLAIN.identity:
+        raise fields.refuse("stored", f"a tensor that is trained is stored as it is, not as {stored}")
     return TensorSpec(
         name=fields.text("name"), tensor_id=fields.integer("id", least=0, most=2**32 - 1), shape=shape, dtype=dtype,
         byte_offset=offset, trainable=trainable, decays=fields.flag("decays"),
+        stored_offset=stored_offset, stored=stored,
     )  # fmt: skip
 
 

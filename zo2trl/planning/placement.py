@@ -40,6 +40,7 @@ class Placement:
     ring_bytes: int  # device memory that streamed segments pass through; 0 when nothing is streamed
     largest_segment_bytes: int  # of the streamed ones
     scratch_bytes: int  # the largest perturbed copy
+    decode_bytes: int = 0  # for segments that are not stored plain: those of the largest visit, decoded
     scratch_copies: int  # 2: both probes of a direction are made in one pass over the weights
     device_bytes: int  # what all of it takes on the device
     cpu_bytes: int  # home copies in host memory
@@ -104,7 +105,7 @@ def summarise(layout: Layout, placement: Placement) -> str:
     for tier in ("gpu", "cpu", "disk"):
         units = [layout.units[index] for index in placement.units_in(tier)]
         if units:
-            parts.append(f"{tier}: {len(units)} units, {format_bytes(sum(unit.n_bytes for unit in units))}")
+            parts.append(f"{tier}: {len(units)} units, {format_bytes(sum(unit.stored_bytes for unit in units))}")
     ring = format_bytes(placement.ring_bytes)
     visits = "leaf by leaf" if layout.leaf_blocks else "block by block"
     return f"{'; '.join(parts)}; ring: {ring}; {format_bytes(placement.device_bytes)} on the device, {visits}"
@@ -145,11 +146,12 @@ class _Need:
 
     def __init__(self, layout: Layout, *, streamed: frozenset[int]) -> None:
         self.layout, self.streamed = layout, streamed
-        passing = [segment.n_bytes for segment in layout.segments if segment.unit.index in streamed]
+        passing = [segment.stored_bytes for segment in layout.segments if segment.unit.index in streamed]
         self.largest_bytes = max(passing, default=0)
         self.streamed_bytes = sum(passing)
         self.scratch_bytes = max((scratch_bytes(point) for point in layout.points), default=0)
-        self.resident_bytes = sum(unit.n_bytes for unit in layout.units if unit.index not in streamed)
+        self.decode_bytes = max((decode_bytes(point) for point in layout.points), default=0)
+        self.resident_bytes = sum(unit.stored_bytes for unit in layout.units if unit.index not in streamed)
 
     def ring_bytes(self, n_segments: int) -> int:
         """A ring of so many of the largest segments; never more than would hold everything that passes."""
@@ -157,7 +159,7 @@ class _Need:
 
     def bytes_with(self, ring_bytes: int, *, scratch_copies: int = 1) -> int:
         """All of it."""
-        return self.resident_bytes + scratch_copies * self.scratch_bytes + ring_bytes
+        return self.resident_bytes + self.decode_bytes + scratch_copies * self.scratch_bytes + ring_bytes
 
     @property
     def least_bytes(self) -> int:
@@ -183,15 +185,20 @@ class _Need:
         ring_bytes, copies = self.share(room)
         return Placement(
             tier_of=dict(tier_of), ring_bytes=ring_bytes, largest_segment_bytes=self.largest_bytes,
-            scratch_bytes=self.scratch_bytes, scratch_copies=copies,
+            scratch_bytes=self.scratch_bytes, scratch_copies=copies, decode_bytes=self.decode_bytes,
             device_bytes=self.bytes_with(ring_bytes, scratch_copies=copies),
-            cpu_bytes=sum(unit.n_bytes for unit in self.layout.units if tier_of[unit.index] == "cpu"),
+            cpu_bytes=sum(unit.stored_bytes for unit in self.layout.units if tier_of[unit.index] == "cpu"),
         )  # fmt: skip
 
 
 def scratch_bytes(point: VisitPoint) -> int:
     """Bytes of one perturbed copy of everything trainable that a visit binds."""
     return sum(segment.n_bytes for segment in point.segments if segment.is_trainable)
+
+
+def decode_bytes(point: VisitPoint) -> int:
+    """Bytes that everything a visit binds takes decoded, but for what is used as it is stored."""
+    return sum(segment.n_bytes for segment in point.segments if not segment.is_plain)
 
 
 def _placement(layout: Layout, need: _Need, budgets: Budgets) -> Placement:
@@ -206,18 +213,19 @@ def _placement(layout: Layout, need: _Need, budgets: Budgets) -> Placement:
 def _fill_cpu(streamed: Sequence[Unit], cpu_bytes: int) -> set[int]:
     for count in range(len(streamed), 0, -1):
         chosen = [streamed[i] for i in spread(count, len(streamed))]
-        if sum(unit.n_bytes for unit in chosen) <= cpu_bytes:
+        if sum(unit.stored_bytes for unit in chosen) <= cpu_bytes:
             return {unit.index for unit in chosen}
     return set()
 
 
 def _cannot_fit(layout: Layout, least: _Need, budgets: Budgets) -> BudgetError:
     assert budgets.device != "min"
-    root_bytes = sum(unit.n_bytes for unit in layout.units if unit.is_resident)
-    largest = max((unit for unit in layout.units if not unit.is_resident), key=lambda u: u.n_bytes, default=None)
-    block = f"the largest block ({largest.name}) is {largest.n_bytes:,} bytes and " if largest else _NO_BLOCKS
+    root_bytes = sum(unit.stored_bytes for unit in layout.units if unit.is_resident)
+    largest = max((unit for unit in layout.units if not unit.is_resident), key=lambda u: u.stored_bytes, default=None)
+    block = f"the largest block ({largest.name}) is {largest.stored_bytes:,} bytes and " if largest else _NO_BLOCKS
     ring_bytes = least.ring_bytes(MIN_RING_SEGMENTS)
     ring = f", a ring of {ring_bytes:,} bytes that streamed ones pass through" if ring_bytes else ""
+    decoding = f" {least.decode_bytes:,} bytes of it are for decoding low-bit weights." if least.decode_bytes else ""
     kept = f" {budgets.reserve:,} bytes of it are kept free for activations." if budgets.reserve else ""
     fewer = _FEWER if least.least_bytes <= budgets.device else ""
     finer = "" if layout.leaf_blocks or not largest else ', and `granularity="leaf"` may need less'
@@ -225,7 +233,7 @@ def _cannot_fit(layout: Layout, least: _Need, budgets: Budgets) -> BudgetError:
     return BudgetError(
         f"`device_memory` is {budgets.device:,} bytes, which cannot hold one step: {block}everything outside the "
         f"blocks is {root_bytes:,} bytes. A step needs {least.resident_bytes:,} bytes of resident weights{ring} and "
-        f"{least.scratch_bytes:,} bytes of scratch.{kept}{fewer} The smallest `device_memory` that works is "
+        f"{least.scratch_bytes:,} bytes of scratch.{decoding}{kept}{fewer} The smallest `device_memory` that works is "
         f'{smallest:,} bytes ({format_bytes(smallest)}); "min" asks for as little as it can{finer}.'
     )
 

@@ -131,9 +131,9 @@ def loads_of(layout: Layout, tier_of: Mapping[int, TierName]) -> dict[TierName, 
     loads: defaultdict[TierName, TierLoad] = defaultdict(TierLoad)
     for unit in layout.units:
         load = loads[tier_of[unit.index]]
-        load.n_bytes += unit.n_bytes
+        load.n_bytes += unit.stored_bytes
         if unit.is_trained:
-            load.trained_bytes += unit.n_bytes
+            load.trained_bytes += unit.stored_bytes
             load.n_trained_units += 1
     n_visits_of: Counter[int] = Counter()  # segment -> visits in a traversal
     for point in layout.points:

@@ -28,7 +28,7 @@ class TensorSums:
 
     def __init__(self, tensors: Sequence[TensorSpec]) -> None:
         self._tensors = tensors
-        self._starts = [spec.byte_offset for spec in tensors]
+        self._starts = [spec.stored_offset for spec in tensors]
         self._parts = {spec.tensor_id: [] for spec in tensors}
 
     def add(self, data: memoryview, start: int) -> None:
@@ -38,9 +38,9 @@ class TensorSums:
         """
         stop = start + len(data)
         for spec in self._tensors[max(bisect_right(self._starts, start) - 1, 0) :]:
-            if spec.byte_offset >= stop:
+            if spec.stored_offset >= stop:
                 return
-            first, last = max(start, spec.byte_offset), min(stop, spec.byte_offset + spec.n_padded_bytes)
+            first, last = max(start, spec.stored_offset), min(stop, spec.stored_offset + spec.stored_padded_bytes)
             if first < last:
                 crc = zlib.crc32(data[first - start : last - start])
                 self._parts[spec.tensor_id].append((first, last - first, crc))
@@ -50,11 +50,11 @@ class TensorSums:
         return {spec.tensor_id: self._sum(spec) for spec in self._tensors}
 
     def _sum(self, spec: TensorSpec) -> int:
-        crc, position = 0, spec.byte_offset
+        crc, position = 0, spec.stored_offset
         for start, n_bytes, part in sorted(self._parts[spec.tensor_id]):
             assert start == position, f"bytes {position} to {start} of the unit never came, or came twice"
             crc, position = combine_crcs(crc, part, n_bytes), start + n_bytes
-        n_missing = spec.byte_offset + spec.n_padded_bytes - position
+        n_missing = spec.stored_offset + spec.stored_padded_bytes - position
         return zlib.crc32(bytes(n_missing), crc)
 
 

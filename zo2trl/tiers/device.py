@@ -9,7 +9,7 @@ import torch
 
 from zo2trl.layout.layout import Segment, Unit
 from zo2trl.planning.budgets import TierName
-from zo2trl.tiers.tier import Source, tensor_view, tensor_views
+from zo2trl.tiers.tier import Source, put_tensor, tensor_views
 
 __all__ = ["DeviceTier"]
 
@@ -29,27 +29,31 @@ class DeviceTier:
     def __init__(self, device: torch.device, permanent: Sequence[Unit] = ()) -> None:
         self._device = device
         self._buffers = {}
-        arena = torch.zeros(sum(unit.n_bytes for unit in permanent), dtype=torch.uint8, device=device)
-        parts = arena.split([unit.n_bytes for unit in permanent])
+        arena = torch.zeros(sum(unit.stored_bytes for unit in permanent), dtype=torch.uint8, device=device)
+        parts = arena.split([unit.stored_bytes for unit in permanent])
         self._permanent = {unit.index: part for unit, part in zip(permanent, parts, strict=True)}
 
     def add(self, unit: Unit, source: Source) -> None:
         """Allocate and fill."""
         buffer = self.reserve(unit)
         for spec in unit.tensors:
-            tensor_view(buffer, spec).copy_(source(spec))
+            put_tensor(buffer, spec, source(spec))
 
     def reserve(self, unit: Unit) -> torch.Tensor:
         """Allocate; a permanent unit has its part of the arena."""
         if unit.index not in self._buffers:
             permanent = self._permanent.get(unit.index)
-            new = torch.zeros(unit.n_bytes, dtype=torch.uint8, device=self._device) if permanent is None else permanent
+            new = (
+                torch.zeros(unit.stored_bytes, dtype=torch.uint8, device=self._device)
+                if permanent is None
+                else permanent
+            )
             self._buffers[unit.index] = new
         return self._buffers[unit.index]
 
     def weights(self, segment: Segment) -> torch.Tensor:
         """The segment's bytes in place: leasing a resident unit moves nothing."""
-        return self._buffers[segment.unit.index][segment.byte_start : segment.byte_start + segment.n_bytes]
+        return self._buffers[segment.unit.index][segment.stored_start : segment.stored_start + segment.stored_bytes]
 
     def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
         """Overwrite in place."""

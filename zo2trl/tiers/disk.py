@@ -28,7 +28,7 @@ from zo2trl.journal.journal import UnitRecord
 from zo2trl.layout.layout import Segment, TensorSpec, Unit
 from zo2trl.planning.budgets import TierName
 from zo2trl.tiers.checksums import TensorSums
-from zo2trl.tiers.tier import Pieces, Source, host_bytes, tensor_views
+from zo2trl.tiers.tier import Pieces, Source, encoded, host_bytes, tensor_views
 from zo2trl.tiers.unit_files import Draft, UnitFiles, check_crc
 
 __all__ = ["CHECK_EVERY", "DiskHome", "DiskReading", "DiskTier", "Originals", "VersionHome"]
@@ -122,9 +122,9 @@ class DiskHome:
         """All of the unit, tensor by tensor; see `read`."""
         for spec in self.unit.tensors:
             if spec.numel:
-                data = memoryview(bytearray(spec.n_padded_bytes))
+                data = memoryview(bytearray(spec.stored_padded_bytes))
                 self.read([spec], data)
-                yield spec.byte_offset, data
+                yield spec.stored_offset, data
 
     def compare(self, found: dict[int, int]) -> None:
         """Tensor id -> CRC32 of what was read. Raises `StoreCorrupt` if one is not what it should be."""
@@ -178,7 +178,7 @@ class VersionHome(DiskHome):
     def map(self) -> np.ndarray:
         """The unit's bytes, copy-on-write."""
         # By its descriptor: a newer version may have taken this one's name away.
-        return self._fs.map_open(self._fds[0])[: self.unit.n_bytes]
+        return self._fs.map_open(self._fds[0])[: self.unit.stored_bytes]
 
 
 class DiskReading:
@@ -199,7 +199,7 @@ class DiskReading:
         self.was_written_to = False
         """Somebody changed the view of these tensors, and this is what they wrote: a copy-on-write map keeps that in
         this process, where reading the file does not see it."""
-        self._home, self._start, self._beside_view = home, tensors[0].byte_offset, beside_view
+        self._home, self._start, self._beside_view = home, tensors[0].stored_offset, beside_view
         self._sums = TensorSums(chosen)
 
     def fill(self, into: torch.Tensor, start: int) -> None:
@@ -264,7 +264,7 @@ class DiskTier:
         """Find the unit in files that are there, or write its first version, one tensor at a time."""
         if self.find(unit, source):
             return
-        draft = self._files.draft(unit, lambda spec: host_bytes(source(spec)), position=0)
+        draft = self._files.draft(unit, lambda spec: host_bytes(encoded(spec, source(spec))), position=0)
         self.open_version(unit, self._files.publish(draft, is_base=self._keep_base and unit.is_trained))
 
     def find(self, unit: Unit, source: Source) -> bool:
@@ -286,7 +286,7 @@ class DiskTier:
     def write_pieces(self, segment: Segment, pieces: Iterable[tuple[int, memoryview]], *, version: int) -> bool:
         """The same, from pieces of the segment in order: (byte offset, bytes that are valid until the next one)."""
         draft = self._draft(segment.unit, version)
-        in_unit = ((segment.byte_start + start, data) for start, data in pieces)
+        in_unit = ((segment.stored_start + start, data) for start, data in pieces)
         self._files.write_pieces(draft, segment.tensors, in_unit)
         return not draft.lacks()
 
@@ -317,7 +317,7 @@ class DiskTier:
 
     def view(self, unit: Unit) -> torch.Tensor:
         """All of the unit's bytes as its views have them: a map of its version, or a copy from other files."""
-        return torch.from_numpy(self._homes[unit.index].shown(0, unit.n_bytes))
+        return torch.from_numpy(self._homes[unit.index].shown(0, unit.stored_bytes))
 
     def tensors(self, unit: Unit) -> list[torch.Tensor]:
         """See `DiskHome.tensors`."""

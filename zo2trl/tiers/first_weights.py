@@ -10,7 +10,7 @@ import torch
 
 from zo2trl.errors import StoreCorrupt, StoreForeign
 from zo2trl.layout.layout import TensorSpec, Unit
-from zo2trl.tiers.tier import Source, host_bytes
+from zo2trl.tiers.tier import Source, encoded, host_bytes
 from zo2trl.tiers.unit_files import padded_crc
 
 __all__ = ["comparing", "noting", "refuse_lost_base"]
@@ -20,7 +20,7 @@ def noting(source: Source, crcs: dict[int, int]) -> Source:
     """The source, which puts tensor id -> CRC32 of the padded bytes of all it gives into `crcs`."""
 
     def noted(spec: TensorSpec) -> torch.Tensor:
-        value = source(spec)
+        value = encoded(spec, source(spec))
         crcs[spec.tensor_id] = padded_crc(spec, host_bytes(value))
         return value
 
@@ -31,7 +31,7 @@ def comparing(source: Source, crcs: Mapping[int, int], store: Path) -> Source:
     """The source, which raises `StoreForeign` where it gives other weights than those the store began with."""
 
     def compared(spec: TensorSpec) -> torch.Tensor:
-        value = source(spec)
+        value = encoded(spec, source(spec))
         found = padded_crc(spec, host_bytes(value))
         if found != crcs[spec.tensor_id]:
             raise StoreForeign(

@@ -15,7 +15,7 @@ from zo2trl.errors import StoreError
 from zo2trl.layout.layout import Segment, Unit
 from zo2trl.planning.budgets import TierName
 from zo2trl.tiers.readers import aligned_bytes
-from zo2trl.tiers.tier import Source, tensor_view, tensor_views
+from zo2trl.tiers.tier import Source, put_tensor, tensor_views
 
 __all__ = ["HostTier", "pin", "unpin"]
 
@@ -73,11 +73,11 @@ class HostTier:
         """Reserve, if that was not done yet, and fill."""
         home = self.reserve(unit)
         for spec in unit.tensors:
-            tensor_view(home, spec).copy_(source(spec))
+            put_tensor(home, spec, source(spec))
 
     def weights(self, segment: Segment) -> torch.Tensor:
         """The segment's bytes in place, ready for an asynchronous copy when pinned."""
-        return self.view(segment.unit)[segment.byte_start : segment.byte_start + segment.n_bytes]
+        return self.view(segment.unit)[segment.stored_start : segment.stored_start + segment.stored_bytes]
 
     def write(self, segment: Segment, data: torch.Tensor, *, version: int) -> bool:
         """Overwrite in place, from host or device memory."""
@@ -115,7 +115,9 @@ class HostTier:
     def reserve(self, unit: Unit) -> torch.Tensor:
         """Allocate and pin, if that was not done yet."""
         if unit.index not in self._buffers:
-            new = _pinned_bytes(unit.n_bytes) if self._pinned else torch.zeros(unit.n_bytes, dtype=torch.uint8)
+            new = (
+                _pinned_bytes(unit.stored_bytes) if self._pinned else torch.zeros(unit.stored_bytes, dtype=torch.uint8)
+            )
             self._buffers[unit.index] = new
         return self._buffers[unit.index]
 

@@ -94,7 +94,7 @@ class OriginalFiles:
     def note(self, unit: Unit, source: Source) -> bool:
         """Note where a frozen unit's tensors are mapped from, while they are; False if one of them is not. Nothing is
         read."""
-        if unit.is_trained:
+        if unit.is_trained or not unit.is_plain:
             return False
         places: list[_Place] = []
         for spec in unit.tensors:

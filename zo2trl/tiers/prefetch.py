@@ -59,8 +59,8 @@ class Fetch:
     job: Future[Arrival]
 
     @property
-    def wire(self) -> torch.Tensor:
-        """The bytes that arrived."""
+    def stored(self) -> torch.Tensor:
+        """The bytes that arrived, in their stored form."""
         return self.slot.buffer
 
 
@@ -219,7 +219,7 @@ class Prefetcher:
     def _beside_what_is_lent(self, segment: Segment) -> Region:
         """The segment's own region, or, out of order, wherever there is room while nothing is ahead."""
         lent = [fetch.slot.region for fetch in self._taken]
-        n_bytes = segment.n_bytes
+        n_bytes = segment.stored_bytes
         for start in (self._regions[segment.index].start, 0, *(region.stop for region in lent)):
             region = Region(start, start + n_bytes)
             if region.stop <= self._ring.n_bytes and not any(other.overlaps(region) for other in lent):

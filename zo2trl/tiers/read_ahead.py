@@ -62,13 +62,13 @@ class ReadAhead(Generic[R]):
                     break
 
     def _new(self, segment: Segment) -> Begun[R]:
-        return Begun(partial(self._open, segment), n_bytes=segment.n_bytes)
+        return Begun(partial(self._open, segment), n_bytes=segment.stored_bytes)
 
 
 def _filling(n_bytes: int, segments: Iterable[Segment]) -> Iterator[Segment]:
     """The first ones: so many bytes, and one more that may be begun."""
     for segment in segments:
         yield segment
-        n_bytes -= segment.n_bytes
+        n_bytes -= segment.stored_bytes
         if n_bytes < 0:
             return

@@ -32,7 +32,7 @@ from zo2trl.tiers.first_weights import comparing, noting, refuse_lost_base
 from zo2trl.tiers.prefetch import Arrival, Slot
 from zo2trl.tiers.read_ahead import ReadAhead
 from zo2trl.tiers.staging import Staging
-from zo2trl.tiers.tier import Reading, Source, Tier, Tiers, carve, copy_pieces, gathered, host_bytes
+from zo2trl.tiers.tier import Reading, Source, Tier, Tiers, carve_plain, copy_pieces, gathered, host_bytes, stored_part
 from zo2trl.tiers.unit_files import Draft, UnitFiles
 from zo2trl.tiers.writer import Release, Writer, raise_first
 
@@ -184,13 +184,13 @@ class Residency:
         old.drop(unit)
 
     def _move_to_disk(self, unit: Unit, position: int) -> None:
-        if self.files.newest(unit) or not self._tiers.disk.find(unit, partial(carve, self.view(unit)[0])):
+        if self.files.newest(unit) or not self._tiers.disk.find(unit, partial(carve_plain, self.view(unit)[0])):
             self._tiers.disk.open_version(unit, self._filed(unit, position))
 
     def make_staging(self, n_bytes: int) -> None:
         """Host memory for segments that come from or go to disk."""
         self._staging.close()
-        on_disk = [self.layout.units[index].n_bytes for index in self.placement.units_in("disk")]
+        on_disk = [self.layout.units[index].stored_bytes for index in self.placement.units_in("disk")]
         is_uneven = self.placement.units_in("cpu") or self.layout.leaf_blocks  # if not, the ring is enough
         ahead_bytes = max(on_disk, default=0) if is_uneven else 0
         self._staging = Staging(n_bytes if on_disk else 0, device=self._device, ahead_bytes=ahead_bytes)
@@ -202,15 +202,15 @@ class Residency:
 
     def load(self, segment: Segment, slot: Slot) -> Arrival:
         """Home -> slot, in a fetch thread."""
-        target = slot.buffer[: segment.n_bytes]
+        target = slot.buffer[: segment.stored_bytes]
         if self.tier_of(segment.unit) == "disk":
             reading = self._ahead.load(segment, target, slot)
-            self._count(disk_read=segment.n_bytes, h2d=segment.n_bytes if self._device.type != "cpu" else 0)
+            self._count(disk_read=segment.stored_bytes, h2d=segment.stored_bytes if self._device.type != "cpu" else 0)
             return Arrival(reading.position, reading.was_written_to, reading.is_checked)
         self._wait_for_write(segment)
         position = self.position(segment)
         self._staging.upload(self._tiers.cpu.weights(segment), target, slot)
-        self._count(h2d=segment.n_bytes)
+        self._count(h2d=segment.stored_bytes)
         return Arrival(position)
 
     def _open(self, segment: Segment) -> Reading:
@@ -292,14 +292,14 @@ class Residency:
                     self._tiers.disk.open_version(unit, record)
                     self._views[unit.index] += 1
                 self._ledger.place(self._segments([unit]), record.position)
-            self._count(disk_written=unit.n_bytes)
+            self._count(disk_written=unit.stored_bytes)
 
     def earlier(self, unit: Unit, position: int, *, base: Source) -> tuple[torch.Tensor, int]:
         """A unit's bytes at or before a position, in main memory, and where they are: a version, or the base."""
         record = self.files.start_for(unit, position)
         if record is None:
             return gathered(unit, base), 0
-        data = torch.zeros(unit.n_bytes, dtype=torch.uint8)
+        data = torch.zeros(unit.stored_bytes, dtype=torch.uint8)
         copy_pieces(self.files.read_checked(unit, record), data)
         return data, record.position
 
@@ -345,8 +345,8 @@ class Residency:
                 self._ledger.publish(segment.unit)
                 self._views[segment.unit.index] += on_disk
         self._count(
-            disk_written=segment.n_bytes if on_disk else 0,
-            d2h=segment.n_bytes if self._device.type != "cpu" or not on_disk else 0,
+            disk_written=segment.stored_bytes if on_disk else 0,
+            d2h=segment.stored_bytes if self._device.type != "cpu" or not on_disk else 0,
         )
 
     def _save_host_unit(self, unit: Unit) -> None:
@@ -357,18 +357,18 @@ class Residency:
     def _save(self, unit: Unit, data: torch.Tensor, *, position: int, is_base: bool = False) -> None:
         """A unit that lives in memory -> a new version."""
         self.files.publish(self._draft(unit, data, position=position), is_base=is_base)
-        self._count(disk_written=unit.n_bytes)
+        self._count(disk_written=unit.stored_bytes)
 
     def _filed(self, unit: Unit, position: int) -> UnitRecord:
         """A version that holds what a unit in memory holds: the newest, or one that is written now."""
         newest = self.files.newest(unit)
         if newest is not None and (newest.position == position or not unit.is_trained):
             return newest
-        self._count(disk_written=unit.n_bytes)
+        self._count(disk_written=unit.stored_bytes)
         return self.files.publish(self._draft(unit, self.view(unit)[0], position=position))
 
     def _draft(self, unit: Unit, data: torch.Tensor, *, position: int) -> Draft:
-        return self.files.draft(unit, lambda spec: host_bytes(carve(data, spec)), position=position)
+        return self.files.draft(unit, lambda spec: host_bytes(stored_part(data, spec)), position=position)
 
     def _is_news(self, unit: Unit, position: int) -> bool:
         newest = self.files.newest(unit)

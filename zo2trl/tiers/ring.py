@@ -53,15 +53,15 @@ def plan_regions(order: Sequence[Segment], n_bytes: int) -> dict[int, Region]:
         BudgetError: a segment is larger than the ring.
     """
     segments = list({segment.index: segment for segment in order}.values())
-    largest = max(segments, key=lambda segment: segment.n_bytes, default=None)
-    if largest is not None and largest.n_bytes > n_bytes:
+    largest = max(segments, key=lambda segment: segment.stored_bytes, default=None)
+    if largest is not None and largest.stored_bytes > n_bytes:
         raise BudgetError(
-            f"A visit of unit {largest.unit.name} needs {largest.n_bytes:,} bytes of device memory at once, and the "
-            f"ring that streamed weights pass through has {n_bytes:,}. Raise `device_memory`, or set "
+            f"A visit of unit {largest.unit.name} needs {largest.stored_bytes:,} bytes of device memory at once, and "
+            f"the ring that streamed weights pass through has {n_bytes:,}. Raise `device_memory`, or set "
             '`granularity="leaf"`.'
         )
-    starts = plan_ring([segment.n_bytes for segment in segments], n_bytes)
-    return {s.index: Region(start, start + s.n_bytes) for s, start in zip(segments, starts, strict=True)}
+    starts = plan_ring([segment.stored_bytes for segment in segments], n_bytes)
+    return {s.index: Region(start, start + s.stored_bytes) for s, start in zip(segments, starts, strict=True)}
 
 
 def plan_ring(sizes: Sequence[int], n_bytes: int) -> list[int]:

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from zo2trl.amp.codecs import PLAIN
 from zo2trl.errors import StoreError, TraversalError
 from zo2trl.files.interrupts import let_interrupts_in, uninterrupted
 from zo2trl.journal.journal import Journal
@@ -24,6 +23,7 @@ from zo2trl.planning.budgets import TierName
 from zo2trl.planning.placement import Placement, summarise
 from zo2trl.planning.write_schedule import WriteSchedule
 from zo2trl.tiers.catch_up import catch_up
+from zo2trl.tiers.decoding import DecodeBuffer
 from zo2trl.tiers.leases import Lease
 from zo2trl.tiers.prefetch import Prefetcher
 from zo2trl.tiers.residency import Residency
@@ -102,7 +102,7 @@ class TieredStore:
 
     def describe(self) -> list[tuple[str, TierName, int]]:
         """(unit, tier, bytes) for people."""
-        return [(unit.name, self.tier_of(unit), unit.n_bytes) for unit in self.layout.units]
+        return [(unit.name, self.tier_of(unit), unit.stored_bytes) for unit in self.layout.units]
 
     def summary(self) -> str:
         """One line on where the weights live."""
@@ -133,6 +133,7 @@ class TieredStore:
     @uninterrupted
     def _give_back(self, leases: Sequence[Lease]) -> None:
         for lease in leases:
+            self._decode_buffer.give_back(lease.segment)
             if lease.fetch is not None:
                 assert self._prefetcher is not None
                 self._prefetcher.give_back(lease.fetch, after=lease.write)
@@ -247,7 +248,7 @@ class TieredStore:
                 weights, start = self.residency.earlier(unit, position, base=base)
                 weights = weights.to(self.device)
                 for segment in segments:
-                    part = weights[segment.byte_start : segment.byte_start + segment.n_bytes]
+                    part = weights[segment.stored_start : segment.stored_start + segment.stored_bytes]
                     catch_up(part, segment, self.records, position=start, rule=self.rule)
                 self.residency.set_back(unit, weights.cpu(), position=position)
 
@@ -298,21 +299,24 @@ class TieredStore:
 
     def _start_prefetching(self) -> None:
         streamed = [s for p in self.layout.points for s in p.segments if not self.residency.is_resident(s)]
-        self.residency.make_staging(PLAIN.wire_bytes(self.placement.largest_segment_bytes))
+        self.residency.make_staging(self.placement.largest_segment_bytes)
         self._prefetcher = Prefetcher(
-            streamed, self.residency.load, ring_bytes=PLAIN.wire_bytes(self.placement.ring_bytes), device=self.device,
+            streamed, self.residency.load, ring_bytes=self.placement.ring_bytes, device=self.device,
             on_disk=lambda segment: self.tier_of(segment.unit) == "disk", upcoming=self.residency.read_ahead,
         )  # fmt: skip
+        self._decode_buffer = DecodeBuffer(self.placement.decode_bytes, device=self.device)
         self._absorb_root()
 
     def _absorb_root(self) -> None:
         for segment in self.layout.root.segments:
-            self._resident(segment).clean()
+            if segment.is_trainable:
+                self._resident(segment).clean()
 
     def _resident(self, segment: Segment) -> Lease:
         position = self.residency.position(segment)
+        weights = self._decode_buffer.decoded(segment, self.residency.weights(segment))
         return Lease(
-            segment=segment, weights=self.residency.weights(segment), position=position,
+            segment=segment, weights=weights, position=position,
             writes_back=self._writes_back(segment, position), materialize=self._materialize,
         )  # fmt: skip
 
@@ -328,11 +332,12 @@ class TieredStore:
             if arrival.was_written_to:
                 self._keep_written(segment.unit, position=arrival.position)
             self.residency.validate_view(segment)
+            weights = self._decode_buffer.decoded(segment, fetch.stored)
         except BaseException:
             self._prefetcher.give_back(fetch)
             raise
         return Lease(
-            segment=segment, weights=PLAIN.decode(fetch.wire), position=arrival.position, writes_back=writes_back,
+            segment=segment, weights=weights, position=arrival.position, writes_back=writes_back,
             materialize=self._materialize, fetch=fetch,
         )  # fmt: skip
 

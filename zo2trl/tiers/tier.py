@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from zo2trl.amp.codecs import codec_of
 from zo2trl.journal.journal import UnitRecord
 from zo2trl.layout.layout import Segment, TensorSpec, Unit
 from zo2trl.planning.budgets import TierName
@@ -28,22 +29,28 @@ __all__ = [
     "UnitHome",
     "VersionedTier",
     "carve",
+    "carve_plain",
     "copy_pieces",
+    "encoded",
     "gathered",
     "host_bytes",
+    "put_tensor",
+    "stored_part",
     "tensor_view",
     "tensor_views",
 ]
 
 Source = Callable[[TensorSpec], torch.Tensor]
-"""Gives a tensor's values, in the spec's shape and dtype, on any device, while a unit is added to a tier."""
+"""Gives a tensor's values, in the spec's shape and dtype, on any device, while a unit is added to a tier. Of a tensor
+that is not stored plain it may give the stored bytes instead, flat uint8; see `encoded`."""
 
 Pieces = Iterator[tuple[int, memoryview]]
 """A unit's bytes in order: (byte offset, bytes that are valid until the next piece)."""
 
 
 class Tier(Protocol):
-    """Homes of units. Buffers are flat uint8 tensors; `Segment.byte_start` counts from the start of the unit."""
+    """Homes of units. Buffers are flat uint8 tensors of stored bytes; `Segment.stored_start` counts from the start of
+    the unit."""
 
     @property
     def name(self) -> TierName:
@@ -185,18 +192,49 @@ class Tiers:
 
 
 def carve(buffer: torch.Tensor, spec: TensorSpec, *, byte_start: int = 0) -> torch.Tensor:
-    """One parameter inside a buffer that starts at `byte_start` of its unit, sharing the buffer's storage."""
+    """One parameter inside decoded bytes that start at `byte_start` of its unit, sharing the buffer's storage."""
     start = spec.byte_offset - byte_start
     return buffer[start : start + spec.n_bytes].view(spec.dtype).view(spec.shape)
 
 
-def tensor_view(buffer: torch.Tensor, spec: TensorSpec, *, byte_start: int = 0) -> torch.Tensor:
-    """One parameter inside a unit's or a segment's buffer, as a tensor with a storage of its own.
+def stored_part(buffer: torch.Tensor, spec: TensorSpec, *, stored_start: int = 0) -> torch.Tensor:
+    """One parameter's stored bytes, without padding, inside those that start at `stored_start` of its unit."""
+    start = spec.stored_offset - stored_start
+    return buffer[start : start + spec.stored_bytes]
+
+
+def encoded(spec: TensorSpec, value: torch.Tensor) -> torch.Tensor:
+    """What a home holds of a tensor that a source gave: the elements, or the bytes of its stored form.
+
+    Bytes that are in the stored form already pass through, so that a lossy form is made once, where weights come in.
+    """
+    if spec.is_plain or (value.dtype == torch.uint8 and value.shape == (spec.stored_bytes,)):
+        return value
+    return codec_of(spec.stored).encode(value)
+
+
+def put_tensor(home: torch.Tensor, spec: TensorSpec, value: torch.Tensor) -> None:
+    """Copy a tensor that a source gave into its unit's buffer, in its stored form."""
+    into = carve_plain(home, spec) if spec.is_plain else stored_part(home, spec)
+    into.copy_(encoded(spec, value))
+
+
+def carve_plain(home: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The elements of a plain tensor inside its unit's buffer, sharing its storage."""
+    return stored_part(home, spec).view(spec.dtype).view(spec.shape)
+
+
+def tensor_view(home: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """One parameter inside its unit's buffer, as a tensor with a storage of its own.
 
     Savers recognise tied weights by their storage: views of one buffer would all look tied, so each view goes
-    through DLPack, which wraps the same memory in a new storage.
+    through DLPack, which wraps the same memory in a new storage. What is not stored plain is decoded into new memory.
     """
-    return torch.from_dlpack(carve(buffer, spec, byte_start=byte_start))
+    if spec.is_plain:
+        return torch.from_dlpack(carve_plain(home, spec))
+    into = torch.empty(spec.shape, dtype=spec.dtype, device=home.device)
+    codec_of(spec.stored).decode(stored_part(home, spec), into)
+    return into
 
 
 def tensor_views(buffer: torch.Tensor, unit: Unit) -> list[torch.Tensor]:
@@ -212,9 +250,9 @@ def copy_pieces(pieces: Pieces, buffer: torch.Tensor) -> None:
 
 def gathered(unit: Unit, source: Source) -> torch.Tensor:
     """A unit's bytes in main memory, flat uint8; padding is zero."""
-    data = torch.zeros(unit.n_bytes, dtype=torch.uint8)
+    data = torch.zeros(unit.stored_bytes, dtype=torch.uint8)
     for spec in unit.tensors:
-        carve(data, spec).copy_(source(spec))
+        put_tensor(data, spec, source(spec))
     return data
 
 

@@ -112,12 +112,12 @@ class UnitFiles:
         revision = max(same, default=-1) + 1
         path = self.folder / file_name(unit, position=position, revision=revision)
         self._fs.unlink(path, missing_ok=True)  # a draft that a crash left behind: no record names it
-        fd = self._fs.create(path, unit.n_bytes + CRC_BYTES * len(unit.tensors))
+        fd = self._fs.create(path, unit.stored_bytes + CRC_BYTES * len(unit.tensors))
         return Draft(unit, position, revision, path, fd)
 
     def write(self, draft: Draft, tensors: Sequence[TensorSpec], data: memoryview) -> None:
         """Write consecutive tensors; `data` (bytes) holds them with their padding, except for the last one's."""
-        self.write_pieces(draft, tensors, [(tensors[0].byte_offset, data)])
+        self.write_pieces(draft, tensors, [(tensors[0].stored_offset, data)])
 
     @traced("disk write", lambda files, draft, *_: draft.unit.name)
     def write_pieces(
@@ -192,12 +192,12 @@ class UnitFiles:
         crcs = [draft.crcs[spec.tensor_id] for spec in unit.tensors]
         assert draft.fd is not None
         try:
-            self._fs.write_at(draft.fd, _table(crcs), unit.n_bytes)
+            self._fs.write_at(draft.fd, _table(crcs), unit.stored_bytes)
             self._fs.sync_data(draft.fd)
         finally:
             self._close(draft)
         return UnitRecord(
-            unit=unit.index, position=draft.position, revision=draft.revision, n_bytes=unit.n_bytes,
+            unit=unit.index, position=draft.position, revision=draft.revision, n_bytes=unit.stored_bytes,
             crc=table_crc(crcs), is_base=is_base,
         )  # fmt: skip
 
@@ -240,13 +240,13 @@ class UnitFiles:
         if not self._fs.exists(path):
             raise _damaged(path, 0, unit, what="the file is missing")
         fd = self._fs.open(path)
-        expected = unit.n_bytes + CRC_BYTES * len(unit.tensors)
+        expected = unit.stored_bytes + CRC_BYTES * len(unit.tensors)
         try:
             size = self._fs.size(fd)
         except BaseException:
             self._fs.close(fd)
             raise
-        if record.n_bytes != unit.n_bytes or size != expected:
+        if record.n_bytes != unit.stored_bytes or size != expected:
             self._fs.close(fd)
             what = f"the file has {size:,} bytes instead of {expected:,}"
             raise _damaged(path, min(size, expected), unit, what=what)
@@ -264,10 +264,10 @@ class UnitFiles:
         """Tensor id -> CRC32 of its padded bytes, from an open version; the table itself is checked (see `check`)."""
         path = self.path(unit, record)
         table = bytearray(CRC_BYTES * len(unit.tensors))
-        self._fs.read_at(fd, table, unit.n_bytes, path=path)
+        self._fs.read_at(fd, table, unit.stored_bytes, path=path)
         if zlib.crc32(table) != record.crc:
             report = report or _refusing(path, unit)
-            report(unit.n_bytes, "its table of checksums does not match the journal")
+            report(unit.stored_bytes, "its table of checksums does not match the journal")
         crcs: list[int] = np.frombuffer(table, "<u4").tolist()
         return {spec.tensor_id: crc for spec, crc in zip(unit.tensors, crcs, strict=True)}
 
@@ -291,22 +291,22 @@ class UnitFiles:
         fd = self.open(unit, record)
         try:
             expected = self.read_table(unit, record, fd, report=report)
-            largest = max((spec.n_padded_bytes for spec in unit.tensors), default=0)
+            largest = max((spec.stored_padded_bytes for spec in unit.tensors), default=0)
             buffer = memoryview(bytearray(max(min(CHECK_BYTES, largest), 1)))
             for spec in unit.tensors:
                 found = 0
-                for start in range(0, spec.n_padded_bytes, len(buffer)):
-                    piece = buffer[: min(len(buffer), spec.n_padded_bytes - start)]
-                    self._fs.read_at(fd, piece, spec.byte_offset + start, path=path)
+                for start in range(0, spec.stored_padded_bytes, len(buffer)):
+                    piece = buffer[: min(len(buffer), spec.stored_padded_bytes - start)]
+                    self._fs.read_at(fd, piece, spec.stored_offset + start, path=path)
                     found = zlib.crc32(piece, found)
-                    yield spec.byte_offset + start, piece
+                    yield spec.stored_offset + start, piece
                 _compare(spec, report or _refusing(path, unit), found=found, expected=expected[spec.tensor_id])
         finally:
             self._fs.close(fd)
 
     def map(self, unit: Unit, record: UnitRecord) -> NDArray[np.uint8]:
         """The unit's bytes [n_bytes] as a copy-on-write map; see `FS.map`."""
-        return self._fs.map(self.path(unit, record))[: unit.n_bytes]
+        return self._fs.map(self.path(unit, record))[: unit.stored_bytes]
 
 
 def file_name(unit: Unit, *, position: int, revision: int = 0) -> str:
@@ -319,7 +319,9 @@ def file_name(unit: Unit, *, position: int, revision: int = 0) -> str:
 
 def tensor_crcs(unit: Unit, data: memoryview) -> list[int]:
     """CRC32 of each tensor's padded bytes in a unit's buffer."""
-    return [zlib.crc32(data[spec.byte_offset : spec.byte_offset + spec.n_padded_bytes]) for spec in unit.tensors]
+    return [
+        zlib.crc32(data[spec.stored_offset : spec.stored_offset + spec.stored_padded_bytes]) for spec in unit.tensors
+    ]
 
 
 def table_crc(crcs: Sequence[int]) -> int:
@@ -329,7 +331,7 @@ def table_crc(crcs: Sequence[int]) -> int:
 
 def padded_crc(spec: TensorSpec, data: memoryview) -> int:
     """CRC32 of a tensor's bytes and the zeros that pad them to whole tiles."""
-    return zlib.crc32(bytes(spec.n_padded_bytes - len(data)), zlib.crc32(data))
+    return zlib.crc32(bytes(spec.stored_padded_bytes - len(data)), zlib.crc32(data))
 
 
 def _table(crcs: Sequence[int]) -> bytes:
@@ -343,7 +345,7 @@ def check_crc(path: Path, unit: Unit, spec: TensorSpec, *, found: int, expected:
 
 def _compare(spec: TensorSpec, report: Report, *, found: int, expected: int) -> None:
     if found != expected:
-        report(spec.byte_offset, f"{spec.name} has CRC {found:08x}, expected {expected:08x}")
+        report(spec.stored_offset, f"{spec.name} has CRC {found:08x}, expected {expected:08x}")
 
 
 def _refusing(path: Path, unit: Unit) -> Report:
