@@ -39,11 +39,10 @@ class TieredStore:
     """Parameters of one model in three tiers, and the journal of the steps they have to absorb.
 
     Args:
-        homes: filled; closed with the store.
-        journal: receives every step; its records are what leases catch up with.
-        logbook: kept for those who measure; closed with the store.
+        residency: has all units in their tiers; closed with the store.
+        journal, logbook: receive every step; closed with the store.
         rule: how a record changes weights.
-        write schedule: how often units are written; may be replaced between steps.
+        write_schedule: how often units are written; may be replaced between steps.
         device: where leases are lent.
         on_first_step: called once, when the first step is durable.
         on_close: called once when everything else is closed (gives up the folder).
@@ -308,9 +307,8 @@ class TieredStore:
         self._absorb_root()
 
     def _absorb_root(self) -> None:
-        for segment in self.layout.root.segments:
-            if segment.is_trainable:
-                self._resident(segment).clean()
+        for segment in (segment for segment in self.layout.root.segments if segment.is_trainable):
+            self._resident(segment).clean()
 
     def _resident(self, segment: Segment) -> Lease:
         position = self.residency.position(segment)
