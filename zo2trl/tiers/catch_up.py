@@ -14,7 +14,7 @@ from zo2trl.zo.records import Record
 from zo2trl.zo.rules import UpdateRule
 from zo2trl.zo.tiles import Perturbed
 
-__all__ = ["Ledger", "catch_up"]
+__all__ = ["Ledger", "catch_up", "catch_up_unit"]
 
 
 class Ledger:
@@ -76,3 +76,12 @@ def catch_up(
         return False
     pending = records[position:]
     return rule.visit(weights, segment.spans, pending, probes=probes, keep=keep) and bool(pending)
+
+
+def catch_up_unit(
+    weights: torch.Tensor, segments: Sequence[Segment], records: Sequence[Record], *, position: int, rule: UpdateRule
+) -> None:
+    """Replay `records[position:]` on all of a trained unit's bytes, given with its trainable segments."""
+    for segment in segments:
+        part = weights[segment.stored_start : segment.stored_start + segment.stored_bytes]
+        catch_up(part, segment, records, position=position, rule=rule)

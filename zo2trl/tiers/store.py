@@ -22,7 +22,7 @@ from zo2trl.layout.layout import Layout, Segment, Unit, VisitPoint
 from zo2trl.planning.budgets import TierName
 from zo2trl.planning.placement import Placement, summarise
 from zo2trl.planning.write_schedule import WriteSchedule
-from zo2trl.tiers.catch_up import catch_up
+from zo2trl.tiers.catch_up import catch_up, catch_up_unit
 from zo2trl.tiers.decoding import DecodeBuffer
 from zo2trl.tiers.leases import Lease
 from zo2trl.tiers.prefetch import Prefetcher
@@ -246,9 +246,7 @@ class TieredStore:
             if max(map(self.residency.position, segments), default=0) > position:
                 weights, start = self.residency.earlier(unit, position, base=base)
                 weights = weights.to(self.device)
-                for segment in segments:
-                    part = weights[segment.stored_start : segment.stored_start + segment.stored_bytes]
-                    catch_up(part, segment, self.records, position=start, rule=self.rule)
+                catch_up_unit(weights, segments, self.records, position=start, rule=self.rule)
                 self.residency.set_back(unit, weights.cpu(), position=position)
 
     def _begin_anew(self, contents: Iterable[tuple[Unit, torch.Tensor]]) -> None:
