@@ -17,9 +17,9 @@ from tests.support.rates import TWO_CORES, know
 from tests.support.tokenizer import tiny_tokenizer
 from zo2trl import ZOSFTConfig, ZOSFTTrainer, cli
 from zo2trl.cli import plan as plan_command
-from zo2trl.forecast import machine_bench, traversal_bench
+from zo2trl.forecast import probe
 from zo2trl.planning import known_rates
-from zo2trl.planning.rates import MachineRates, TraversalCost
+from zo2trl.planning.rates import MachineRates
 
 SHAPE = {"per_device_train_batch_size": 2, "max_length": 16, "gradient_accumulation_steps": 2}
 LOGGED = {
@@ -216,12 +216,11 @@ def test_the_machine_is_measured_once_and_again_when_asked(
     a_measured_machine.unlink()
     measured: list[Path] = []
 
-    def measure(device: torch.device, folder: Path, *, traversal: TraversalCost) -> MachineRates:
+    def measure(device: torch.device, folder: Path) -> MachineRates:
         measured.append(folder)
-        return replace(TWO_CORES, traversal=traversal)
+        return TWO_CORES
 
-    monkeypatch.setattr(machine_bench, "measure_rates", measure)
-    monkeypatch.setattr(traversal_bench, "measure_traversals", lambda device, folder: TWO_CORES.traversal)
+    monkeypatch.setattr(probe, "measure_machine", measure)
     command = ["plan", str(model), "--store_dir", str(tmp_path), "--use_cpu", "--max_length", "16"]
     for more, n_measured in ([], 1), ([], 1), (["--probe", "again"], 2), (["--probe", "never"], 2):
         assert cli.main([*command, *more]) == 0
@@ -266,7 +265,7 @@ def test_what_cannot_be_planned_is_one_line_at_once(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(traversal_bench, "measure_traversals", lambda *_: pytest.fail("ten seconds for nothing"))
+    monkeypatch.setattr(probe, "measure_machine", lambda *_, **__: pytest.fail("seconds for nothing"))
     given = [str(model) if each == "MODEL" else each for each in arguments]
     assert cli.main(["plan", *given, "--use_cpu"]) == 2
     told = capsys.readouterr().err

@@ -13,6 +13,7 @@ from torch import nn
 from tests.support.toys import options, toy
 from zo2trl.engine.opening import EngineOptions, plan_engine
 from zo2trl.forecast.forecast import Forecast, forecast
+from zo2trl.forecast.time_share import TimeShare
 from zo2trl.forecast.traversal_bench import measure_traversals
 from zo2trl.planning.budgets import Budgets
 from zo2trl.planning.rates import MachineRates, TraversalCost, VisitCost
@@ -94,9 +95,8 @@ def test_what_segments_never_reach_of_the_ring_is_no_memory(of: Any) -> None:
 def test_traversals_are_dry_run_on_this_machine_and_leave_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zo2trl.forecast.traversal_bench.N_STEPS", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    found = measure_traversals(torch.device("cpu"), tmp_path / "not" / "there")
+    found = measure_traversals(torch.device("cpu"), tmp_path / "not" / "there", share=TimeShare.of(0.0))
     assert min(getattr(found, name) for name in TraversalCost.__slots__) >= 0
     assert found.streamed_visit_s > 0 and list(tmp_path.iterdir()) == []
 

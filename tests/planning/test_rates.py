@@ -7,7 +7,7 @@ import torch
 
 from tests.support.rates import H200, TWO_CORES
 from zo2trl.errors import StoreError
-from zo2trl.forecast.machine_bench import measure_rates, scratch_on_drive
+from zo2trl.forecast.machine_bench import scratch_on_drive
 from zo2trl.planning.known_rates import cache_file, identity, load_rates, rates_for, save_rates
 from zo2trl.planning.presets import PRESETS, preset_for
 
@@ -90,24 +90,6 @@ def test_the_cache_is_where_users_keep_theirs(tmp_path: Path, monkeypatch: pytes
     assert cache_file() == tmp_path / "zo2trl" / "rates.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_file() == Path.home() / ".cache" / "zo2trl" / "rates.json"
-
-
-def test_a_probe_finds_positive_rates_and_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # threads that draw live as long as the process
-    monkeypatch.setattr("zo2trl.forecast.machine_bench.PART_S", 0.01)
-    monkeypatch.setattr("zo2trl.forecast.machine_bench.DRIVE_S", 0.05)
-    monkeypatch.setattr("zo2trl.forecast.machine_bench.MAX_FILE_BYTES", 32 << 20)
-    traversal = TWO_CORES.traversal
-    found = measure_rates(CPU, tmp_path, traversal=traversal)
-    numbers = [*found.flops.values(), found.moved_bytes, found.operation_s, found.upload_bytes, found.download_bytes]
-    numbers += [found.disk_read_bytes, found.disk_write_bytes, found.disk_cpu_s, found.new_bytes, found.measured_at]
-    numbers += [number for visit in found.visits.values() for number in (visit.alone_s, visit.pair_s)]
-    assert min(numbers) > 0 and found.traversal == traversal
-    visit = found.visit(dtype="float32", direction="rademacher", rounding="nearest")
-    assert visit.step_s >= 0 and visit.span_s >= 0
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_attention_counts_as_products_where_it_was_not_measured() -> None:

@@ -1,11 +1,10 @@
-"""What traversals cost beside arithmetic: visits' Python, measured by traversing a model that weighs nothing.
+"""Measure what traversals cost beside arithmetic, Python mostly, by traversing a model that weighs nothing.
 
-Does not: know rates of arithmetic and copies (forecast/machine_bench.py), or keep what it finds (planning/rates.py).
-Invariant: what is measured is an engine's own step, from lending to the journal; nothing outlives the call.
+Does not: measure rates of arithmetic and copies (machine_bench.py), or keep what it finds (planning/known_rates.py).
+Invariant: what is measured is an engine's own step, from the first lease to the journal; nothing outlives the call.
 """
 
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -15,18 +14,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.step import Engine
 from zo2trl.forecast.machine_bench import scratch_on_drive
+from zo2trl.forecast.time_share import TimeShare
 from zo2trl.planning.budgets import Budgets, TierName
 from zo2trl.planning.rates import TraversalCost
 
 __all__ = ["measure_traversals"]
 
-N_WARM_UP, N_STEPS = 3, 12
+N_WARM_UP, N_STEPS, LEAST_STEPS = 3, 12, 3
 FEW_BLOCKS, MANY_BLOCKS = 4, 24
 MANY_TENSORS = 9
+N_RUNS = 7
 
 
 class _Block(GradientCheckpointingLayer):
-    """Parameters that nobody computes with: a visit binds them all the same."""
+    """Holds parameters that are bound at every visit and computed with at none."""
 
     def __init__(self, n_tensors: int) -> None:
         super().__init__()
@@ -49,18 +50,21 @@ class _Chain(nn.Module):
         return x.sum()
 
 
-def measure_traversals(device: torch.device, store_dir: Path) -> TraversalCost:
-    """Steps with few and many blocks of few and many tensors, in every tier.
+def measure_traversals(device: torch.device, store_dir: Path, *, share: TimeShare) -> TraversalCost:
+    """Time steps with few and many blocks of few and many tensors, in every tier.
 
     Args:
-        store_dir: it, or its nearest parent that exists, says which drive.
+        store_dir: it, or its nearest parent that exists, is on the drive that is measured.
+        share: every run makes three steps at least, and ends when its part of the time does.
 
     Raises:
         StoreError: the folder cannot be written to.
     """
 
+    shares = share.split(N_RUNS)
+
     def step_s(tier: TierName, n_blocks: int, *, n_tensors: int = 1) -> float:
-        return _step_s(_Chain(n_blocks, n_tensors), device, store_dir, tier=tier)
+        return _step_s(_Chain(n_blocks, n_tensors), device, store_dir, tier=tier, share=next(shares))
 
     def visit_s(tier: TierName) -> float:
         return (step_s(tier, MANY_BLOCKS) - step_s(tier, FEW_BLOCKS)) / (MANY_BLOCKS - FEW_BLOCKS)
@@ -75,8 +79,8 @@ def measure_traversals(device: torch.device, store_dir: Path) -> TraversalCost:
     )  # fmt: skip
 
 
-def _step_s(model: nn.Module, device: torch.device, store_dir: Path, *, tier: TierName) -> float:
-    """Of the usual one: the median of some."""
+def _step_s(model: nn.Module, device: torch.device, store_dir: Path, *, tier: TierName, share: TimeShare) -> float:
+    """Seconds of a step: the median of some."""
     plenty = 1 << 40
     budgets = Budgets(device=plenty if tier == "gpu" else "min", cpu=plenty if tier == "cpu" else 0)
     with scratch_on_drive(store_dir) as scratch:
@@ -86,16 +90,19 @@ def _step_s(model: nn.Module, device: torch.device, store_dir: Path, *, tier: Ti
         )  # fmt: skip
         engine = open_engine(model, options)
         try:
-            return statistics.median(_steps_s(engine, model)[N_WARM_UP:])
+            found = _steps_s(engine, model, share=share)
+            return statistics.median(found[min(N_WARM_UP, len(found) // 2) :])
         finally:
             engine.shutdown(flush=False)
 
 
-def _steps_s(engine: Engine, model: nn.Module) -> list[float]:
+def _steps_s(engine: Engine, model: nn.Module, *, share: TimeShare) -> list[float]:
     found: list[float] = []
     for step in range(N_WARM_UP + N_STEPS):
-        started_s = time.perf_counter()
+        started_s = share.clock()
         engine.step([model], step=step)
         engine.commit(learning_rate=0.0, weight_decay=0.0)
-        found.append(time.perf_counter() - started_s)
+        found.append(share.clock() - started_s)
+        if share.is_over and len(found) >= LEAST_STEPS:
+            break
     return found
