@@ -1,1 +1,1 @@
-"""Drop-in trainers: the only room that imports transformers' Trainer, TRL and PEFT."""
+"""This package holds the drop-in trainers; it is the only one that imports transformers' Trainer, TRL and PEFT."""

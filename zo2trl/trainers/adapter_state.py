@@ -1,10 +1,10 @@
-"""Which adapters of a PEFT model are switched on, kept apart for every pass.
+"""This module saves and restores which adapters of a PEFT model are switched on, separately for every pass.
 
-A loss may switch adapters off to ask the base for reference values (TRL's `use_adapter`). In lockstep it is suspended
-there while other passes run, which must find their adapters on.
+A loss may switch adapters off to compute reference values with the base model (TRL's `use_adapter`). In lockstep it is
+suspended there while other passes run, and these must find their adapters on.
 
 Does not: train, load or save adapters.
-Invariant: after `set(get())` nothing has changed, flags of parameters included.
+Invariant: `set(get())` changes nothing, flags of parameters included.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import nn
 
 __all__ = ["AdapterState", "adapter_states"]
 
-_PATCHED = ("forward", "prepare_inputs_for_generation")  # on the instance, by prompt learning that is switched off
+_PATCHED = ("forward", "prepare_inputs_for_generation")  # prompt learning, switched off, replaces them
 
 
 class _Switches(NamedTuple):
@@ -23,19 +23,19 @@ class _Switches(NamedTuple):
 
 
 class AdapterState:
-    """A `PassLocal` of the engine: on or off, and which adapters are active."""
+    """This `PassLocal` of the engine holds which adapters are active, and whether they are on."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def get(self) -> _Switches:
-        """The state of all adapter layers, which PEFT switches together."""
+        """Return the state of all adapter layers, which PEFT switches together."""
         model = self._model
         patched = tuple(model.__dict__.get(name) for name in _PATCHED)
         return _Switches(model._adapters_disabled, tuple(model.active_adapters), patched)
 
     def set(self, value: _Switches) -> None:
-        """Switch all adapter layers to what they were."""
+        """Switch all adapter layers to the state that `get` returned."""
         model, now = self._model, self.get()
         if now.active != value.active:
             model.set_adapter(value.active[0] if len(value.active) == 1 else list(value.active))
@@ -53,5 +53,5 @@ class AdapterState:
 
 
 def adapter_states(model: nn.Module) -> list[AdapterState]:
-    """One for a PEFT model, none for any other."""
+    """Return one `AdapterState` for a PEFT model, and none for any other model."""
     return [AdapterState(model)] if hasattr(model, "peft_config") and hasattr(model, "_adapters_disabled") else []

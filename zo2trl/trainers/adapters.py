@@ -1,8 +1,8 @@
-"""What adapted and quantised models need before they are trained: fp32 where updates land, refusals where none can.
+"""This module prepares adapted and quantised models for training: it widens trained tensors to fp32, or refuses them.
 
-Does not: make adapters, save them, or know how they are perturbed.
-Invariant: what an adapter computes is what PEFT computes, but for whole modules that a 16-bit model trains a copy of
-(`modules_to_save`, tuned norms): these compute in fp32 and hand back the model's dtype.
+Does not: make adapters, save them, or perturb them.
+Invariant: what an adapter computes is what PEFT computes, except for whole modules that a 16-bit model trains a copy
+of (`modules_to_save`, tuned norms): these compute in fp32 and return the model's dtype.
 """
 
 import logging
@@ -32,11 +32,11 @@ _PACKS_ON_CPU = "support_avx512bf16_for_cpu"
 def prepare_adapters(
     model: nn.Module, *, device: torch.device, casts: Mapping[nn.Parameter, torch.dtype] | None = None
 ) -> None:
-    """Make a model's adapters ready to be trained, after whoever made them is done. Other models are left alone.
+    """Make a model's adapters ready to be trained, after PEFT or TRL has made them. Other models are not changed.
 
     - Trainable tensors on a quantised base become fp32 (TRL makes them bfloat16, which would round updates away).
     - So do copies of whole modules, unless the adapter beside them was made in 16 bit, by choice.
-    - A wrapped head without a bias says so, for those who ask it (TRL's fused head).
+    - A wrapped head without a bias gets `bias = None`, because TRL's fused head reads that attribute.
 
     Args:
         device: where training runs.
@@ -59,7 +59,7 @@ def prepare_adapters(
                 parameter.data = parameter.data.float()
         for module in model.modules():
             # bitsandbytes packs 4-bit weights anew in a CPU's first forward, and unpacks them when they are saved, but
-            # not to the same numbers: who saves a checkpoint would train on with another base.
+            # not to the same numbers: a run that saves a checkpoint would continue with another base.
             if hasattr(module, _PACKS_ON_CPU):
                 setattr(module, _PACKS_ON_CPU, False)
     copies = _trained_copies(model)
@@ -80,11 +80,11 @@ def refuse_full_quantised(model: Any, *, is_adapted: bool) -> None:
     """Refuse to train quantised weights themselves.
 
     Args:
-        model: a loaded model, or anything else, which is let pass.
-        is_adapted: adapters are going to be put on it. A model may have them already.
+        model: a loaded model; anything else is accepted.
+        is_adapted: whether adapters are going to be put on it. A model may have them already.
 
     Raises:
-        UnsupportedError: says what to do instead.
+        UnsupportedError: the message names the two ways out.
     """
     has_adapters = is_adapted or isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
     if getattr(model, "is_quantized", False) and not has_adapters:
@@ -105,7 +105,7 @@ def _refuse_other_device(quantised: dict[str, nn.Parameter], device: torch.devic
 
 
 def _trained_copies(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Copies of whole modules that are trained in place of the originals, each with what holds it."""
+    """Return the copies of whole modules that are trained in place of the originals, each with its wrapper."""
     found: list[tuple[nn.Module, nn.Module]] = []
     for module in model.modules():
         held = (
@@ -121,7 +121,7 @@ def _original(wrapper: Any) -> nn.Module:
 
 
 def _widen(copy: nn.Module, *, dtype: torch.dtype | None) -> None:
-    """Let a module compute in fp32 between neighbours of `dtype` (None: what comes out stays fp32)."""
+    """Make a module compute in fp32 and return `dtype`; with None its output stays fp32."""
     for parameter in copy.parameters():
         if parameter.dtype in _HALF:
             parameter.data = parameter.data.float()
@@ -136,7 +136,7 @@ def _widen_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 class _Narrow:
-    """A forward hook; an object of this module, so that models stay copyable."""
+    """This forward hook casts fp32 outputs back. It is an object of this module, so that models stay copyable."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype

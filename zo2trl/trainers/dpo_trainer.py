@@ -1,9 +1,9 @@
-"""ZODPOTrainer: TRL's DPOTrainer, trained with forward passes only.
+"""This module defines ZODPOTrainer: TRL's DPOTrainer, trained with forward passes only.
 
-Does not: hold a second copy of the model. With adapters the reference is the base below them, asked once a step for
-all probes; else its log-probabilities are computed before training, from the weights as they are then.
+Does not: hold a second copy of the model. With adapters the reference is the base below them, evaluated once a step
+for all probes; else its log-probabilities are computed before training, from the weights as they are then.
 
-Invariant: a reference log-probability is that of clean weights, and the same in both probes.
+Invariant: a reference log-probability is computed from clean weights, and is the same in both probes.
 """
 
 import logging
@@ -52,10 +52,10 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
             A loaded model, or the path of a checkpoint, which is then read unit by unit in the checkpoint's own dtype
             (unless `model_init_kwargs["dtype"]` says otherwise) and never held in memory.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            Asked once for every row before training, and on the device only meanwhile. Without it the reference is
-            `model` as it is before training: with adapters the base below them, asked in every step unless
-            `precompute_ref_log_probs=True`; without adapters `precompute_ref_log_probs` is switched on, because a
-            second copy of the model is never made. Datasets that have the columns `ref_chosen_logps` and
+            It is evaluated once for every row before training, and is on the device only then. Without it the
+            reference is `model` as it is before training: with adapters the base below them, evaluated in every
+            step unless `precompute_ref_log_probs=True`; without adapters `precompute_ref_log_probs` is switched on,
+            because a second copy of the model is never made. Datasets that have the columns `ref_chosen_logps` and
             `ref_rejected_logps` need no reference at all.
         args ([`ZODPOConfig`] or [`~trl.DPOConfig`], *optional*):
             A plain `DPOConfig` is converted with ZO defaults.
@@ -79,14 +79,14 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         super().__init__(*positional, **named)
-        self.precompute_ref_logps = True  # `compute_loss` finds them in every batch; where from is settled below
+        self.precompute_ref_logps = True  # `compute_loss` reads them from batches; methods below add them
 
     # -- reference log-probabilities for whole datasets
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """The dataset with the columns of reference log-probabilities; several batches a traversal.
+        """Add the columns of reference log-probabilities to the dataset, several batches a traversal.
 
-        The cache is the dataset's own, as upstream; its key knows everything that changes a value.
+        The cache is the dataset's own, as upstream; its key holds everything that changes a value.
         """
         columns = dataset.column_names or []
         if not self.args.precompute_ref_log_probs or set(_REFERENCES) <= set(columns):
@@ -117,7 +117,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
 
     @contextmanager
     def _reference_on_device(self) -> Iterator[None]:
-        """A model of its own is on the device as long as it is asked."""
+        """Keep a separate reference model on the device while it is evaluated."""
         if self.ref_model is None:
             yield
             return
@@ -130,7 +130,10 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
     # -- reference log-probabilities of the base below adapters, batch by batch
 
     def _reference_logps(self, batches: Sequence[Any]) -> list[Any]:
-        """What the reference says to some batches, at clean weights, as many a traversal as there is room for."""
+        """Compute the reference log-probabilities of some batches, at clean weights.
+
+        A traversal takes as many batches as there is memory for.
+        """
         engine = self.engine
         largest = max(batches, key=n_tokens)
         size = min(self.device_fit.passes_per_traversal(largest), MAX_BATCHES_PER_TRAVERSAL)
@@ -162,7 +165,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
         return super()._prepare_step(model, batches)
 
     def before_predictions(self, batches: Sequence[Any]) -> None:
-        """See `ObjectiveMixin.before_predictions`: the reference scores all of them in a traversal of its own."""
+        """See `ObjectiveMixin.before_predictions`: the reference scores all batches in a traversal of its own."""
         for batch in batches:
             batch.update(self._prepare_inputs(dict(batch)))
         self._add_references(batches)
@@ -170,7 +173,7 @@ class ZODPOTrainer(ZOTRLMixin, DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """See [`~trl.DPOTrainer`]. A batch without reference log-probabilities closures for them first."""
+        """See [`~trl.DPOTrainer`]. Reference log-probabilities that a batch lacks are computed first."""
         if _REFERENCES[0] not in inputs:
             inputs |= dict(zip(_REFERENCES, self.compute_ref_log_probs(model, inputs), strict=True))
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

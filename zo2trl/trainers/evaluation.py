@@ -1,10 +1,10 @@
-"""Several evaluation batches per traversal, inside the Trainer's own evaluation loop.
+"""This module runs several evaluation batches per traversal, inside the Trainer's own evaluation loop.
 
-The loop iterates over this object instead of the dataloader, and calls `take` where it would call `prediction_step`:
-when it asks for the first batch of a group, the whole group's prediction steps run in lockstep, so streamed blocks are
-fetched once for all of them.
+The loop iterates over an `EvaluationTraversal` instead of the dataloader, and calls `take` instead of
+`prediction_step`. When the loop requests the first batch of a group, the prediction steps of the whole group run in
+lockstep, so streamed blocks are fetched once for all of them.
 
-Invariant: the loop sees the same batches, in the same order, with the same end-of-dataloader flag as without us.
+Invariant: the loop gets the same batches, in the same order, with the same end-of-dataloader flag as without this.
 """
 
 from collections import deque
@@ -19,11 +19,11 @@ from zo2trl.trainers.signals import stop_if_asked
 
 __all__ = ["EvaluationTraversal"]
 
-MAX_BATCHES_PER_TRAVERSAL = 16  # predictions of a whole group are held until the loop takes them
+MAX_BATCHES_PER_TRAVERSAL = 16  # predictions of a whole group stay in memory until the loop takes them
 
 
 class EvaluationTraversal:
-    """Stands in for a dataloader; everything but iteration is the dataloader's."""
+    """An EvaluationTraversal replaces a dataloader, and passes on everything but iteration to it."""
 
     def __init__(self, trainer: Any, dataloader: Any, *, prediction_loss_only: bool, ignore_keys: Any) -> None:
         self._trainer, self._dataloader = trainer, dataloader
@@ -50,7 +50,7 @@ class EvaluationTraversal:
         yield from self._traversal(group)
 
     def take(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """What `prediction_step` returned for a batch this object gave out."""
+        """Return what `prediction_step` returned for a batch that this object has yielded."""
         stop_if_asked()
         expected, outputs = self._ready.popleft()
         assert expected is inputs, "the evaluation loop takes batches in the order it got them"
@@ -68,7 +68,7 @@ class EvaluationTraversal:
         loader = trainer.accelerator.gradient_state.active_dataloader
         for inputs, is_last in group:
             if loader is not None:
-                loader.end_of_dataloader = is_last  # the loop drops a last batch's padding by this flag
+                loader.end_of_dataloader = is_last  # by this flag the loop drops the padding of the last batch
             yield inputs
 
     def _predict(self, inputs: Any) -> Any:
@@ -83,6 +83,6 @@ class EvaluationTraversal:
     def _group_size(self, inputs: Any) -> int:
         size = min(self._trainer.device_fit.passes_per_traversal(inputs), MAX_BATCHES_PER_TRAVERSAL)
         if not self._trainer.engine.store.placement.ring_bytes:
-            size = 1  # nothing is streamed: lockstep would only hold more predictions
-        # The loop gathers after each batch, and losses may in the traversal: in all processes at the same place.
+            size = 1  # nothing is streamed: lockstep would only keep more predictions in memory
+        # The loop gathers after each batch, and losses may gather in the traversal: all processes must gather alike.
         return self._trainer.ranks.least("evaluation batches of a traversal", size)

@@ -1,9 +1,10 @@
-"""HubUploadMixin: what goes to the Hub is the model, not the store that lies beside it.
+"""This module defines HubUploadMixin, which uploads the model to the Hub without the store that lies beside it.
 
-Upstream uploads everything in `output_dir` but checkpoints, and a checkpoint before it is finished. Here the store is
-left out, a checkpoint goes when its marker is written, and the model's files go from the checkpoint itself.
+Upstream uploads everything in `output_dir` except checkpoints, and uploads a checkpoint before it is finished. Here
+the store is left out, a checkpoint is uploaded after its marker is written, and the model's files are uploaded from
+the checkpoint itself.
 
-Does not: save anything (saving.py), or create the repository (upstream).
+Does not: save anything (resume/saving.py), or create the repository (upstream).
 Invariant: no file of the store, and no pickle, is uploaded.
 """
 
@@ -23,11 +24,11 @@ __all__ = ["HubUploadMixin"]
 
 _Base = Trainer if TYPE_CHECKING else object
 
-_IGNORED = ("_*", "checkpoint-*")  # upstream's: what a user hides, and checkpoints
+_IGNORED = ("_*", "checkpoint-*")  # as upstream: files that a user hides, and checkpoints
 
 
 class HubUploadMixin(_Base):
-    """The part of `ZOTrainerMixin` that uploads."""
+    """HubUploadMixin is the part of `ZOTrainerMixin` that uploads."""
 
     args: Any
     model: Any
@@ -39,7 +40,7 @@ class HubUploadMixin(_Base):
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
         revision: str | None = None, private: bool | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """See [`~transformers.Trainer.push_to_hub`]. The store is left out of what is uploaded."""
+        """See [`~transformers.Trainer.push_to_hub`]. The store is not uploaded."""
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
         name = kwargs.pop("model_name", None) or Path(args.hub_model_id or args.output_dir).name
@@ -62,7 +63,11 @@ class HubUploadMixin(_Base):
         )  # fmt: skip
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upstream calls it when files are written; it counts when the checkpoint is one (see `_save_checkpoint`)."""
+        """Upload a finished checkpoint.
+
+        Upstream calls this after files are written and before the checkpoint is complete; that call does nothing, and
+        `_save_checkpoint` makes a second one.
+        """
         args = self.args
         if self._saves_checkpoint or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
@@ -85,7 +90,7 @@ class HubUploadMixin(_Base):
 
     @cached_property
     def _hub(self) -> HfApi:
-        # One for the trainer: what it runs in the background, it runs one after the other.
+        # The trainer has a single client, because one client runs its background uploads one after the other.
         return HfApi(library_name="zo2trl", library_version=package_version("zo2trl"))
 
     def _upload(
@@ -99,7 +104,7 @@ class HubUploadMixin(_Base):
         )  # fmt: skip
 
     def _ignored_patterns(self) -> list[str]:
-        """Patterns, relative to `output_dir`, of what is no part of the model."""
+        """Return patterns, relative to `output_dir`, of files that are no part of the model."""
         store, home = self.args.store_path.resolve(), Path(self.args.output_dir).resolve()
         inside = [f"{store.relative_to(home).as_posix()}/*"] if store.is_relative_to(home) and store != home else []
         return [*_IGNORED, *inside]

@@ -1,11 +1,13 @@
-"""Who divides the loss by the number of accumulated micro-batches.
+"""This module finds the number that the loss of a micro-batch must be divided by.
 
-The Trainer hands `num_items_in_batch` to every model that accepts keyword arguments and then takes the loss to be
-normalised by it. Several model classes (sequence classification, masked LM, T5) accept it and average over their own
-batch all the same; their loss would be multiplied by the number of micro-batches. So we ask the loss itself, once.
+The Trainer passes `num_items_in_batch` to every model that accepts keyword arguments and then assumes that the loss is
+divided by it. Several model classes (sequence classification, masked LM, T5) accept it and average over their own
+batch all the same; their loss would be multiplied by the number of micro-batches. So the loss is evaluated with two
+values of it, once.
 
 With several processes the Trainer (and TRL) multiply a loss by their number, because DDP would average over them; a
-loss of the user's own may not, and one that averages over its own batch should not have been. We sum over processes.
+loss of the user's own may not, and one that averages over its own batch should not have been multiplied. Here losses
+are summed over processes.
 """
 
 import math
@@ -20,16 +22,16 @@ __all__ = ["LossNormalisation"]
 
 
 class LossNormalisation:
-    """Decides once per trainer whether its loss consumes `num_items_in_batch`, and if it was multiplied."""
+    """LossNormalisation finds, once per trainer, whether its loss uses `num_items_in_batch` and was multiplied."""
 
     _consumes: bool | None = None
     _was_multiplied: bool | None = None
 
     def detect(self, trainer: Any, model: nn.Module, batches: list[tuple[Any, Any]]) -> None:
-        """Compare losses of one micro-batch with the losses when told that there are twice as many items.
+        """Compare losses of one micro-batch with its losses for twice as many items.
 
-        Undecided micro-batches (no label that counts, a loss that is not finite) are passed over; if there is no
-        other, the next step is asked.
+        Undecided micro-batches (no label that counts, a loss that is not finite) are skipped. If all of them are
+        undecided, the next step decides.
         """
         n_shares = trainer.ranks.n_shares_of_data
         if self._consumes is not None or len(batches) * n_shares == 1 or batches[0][1] is None:
@@ -42,7 +44,10 @@ class LossNormalisation:
             self._consumes, self._was_multiplied = map(bool, votes[0])
 
     def divisor(self, trainer: Any, num_items_in_batch: Any) -> int:
-        """What a micro-batch's loss must be divided by for the sum over micro-batches and processes to be the loss."""
+        """Return what a micro-batch's loss must be divided by.
+
+        The sum over micro-batches and processes is then the loss of the step.
+        """
         n_shares, consumes = trainer.ranks.n_shares_of_data, self._consumes
         normalised = self._declared(trainer)
         if consumes is None:
@@ -52,21 +57,21 @@ class LossNormalisation:
         counts_all = trainer.args.average_tokens_across_devices and num_items_in_batch is not None
         divisor = 1 if normalised else trainer.current_gradient_accumulation_steps
         if not (consumes and counts_all):
-            divisor *= n_shares  # each process has normalised over what it has itself
+            divisor *= n_shares  # each process has normalised over its own items
         multiplies = counts_all and trainer.objective is None
         return (
             divisor * n_shares if (multiplies if self._was_multiplied is None else self._was_multiplied) else divisor
         )
 
     def _compare(self, trainer: Any, model: nn.Module, inputs: Any, n_items: Any) -> tuple[int, int] | None:
-        """(whether a loss depends on the number of items, whether it was multiplied); None: this one does not tell."""
+        """Return whether a loss depends on the number of items and whether it was multiplied; None if undecided."""
         closures = [partial(self._loss_given, trainer, model, inputs, items) for items in (n_items, 2 * n_items)]
         once, twice = (abs(float(value.mean())) for value in trainer.engine.run_clean(closures))
         if not math.isfinite(once) or once == 0.0:
             return None
         if trainer.ranks.n_shares_of_data == 1:
             return int(twice < 0.75 * once), 0
-        with _not_averaging(trainer.args):  # in a traversal of its own: passes take turns
+        with _not_averaging(trainer.args):  # in a separate traversal, because passes of one interleave
             (alone,) = (abs(float(value.mean())) for value in trainer.engine.run_clean(closures[:1]))
         return int(twice < 0.75 * once), int(alone < 0.75 * once)
 
@@ -74,7 +79,7 @@ class LossNormalisation:
         if trainer.objective is not None:
             return trainer.divides_by_items
         if trainer.compute_loss_func is not None:
-            return None  # some functions divide by the number of items they are told, some are means of their batch
+            return None  # some functions divide by `num_items_in_batch`, some return the mean of their batch
         return getattr(trainer, "loss_is_scaled_for_ga", None)
 
     def _loss_given(self, trainer: Any, model: nn.Module, inputs: Any, n_items: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the logs say about ZO steps: means since the last log, under the names users and dashboards rely on."""
+"""This module computes what logs show of ZO steps: means since the last log, under keys that users rely on."""
 
 import math
 from collections import Counter
@@ -28,11 +28,11 @@ LOG_KEYS = {
     "objective/<name>": "The objective, where one replaces the loss: mean of its values at the plus and minus probes.",
     "eval_objective/<name>": "The objective on the evaluation data.",
 }
-"""Every key that a ZO trainer adds to the logs or gives another meaning; docs/reference/log_keys.md is made of it."""
+"""Every key that a ZO trainer adds to the logs or redefines; docs/reference/log_keys.md is generated from it."""
 
 
 class StepMetrics:
-    """Sums over steps; `take` returns means and starts again."""
+    """StepMetrics sums over steps; `take` returns means and starts again."""
 
     def __init__(self) -> None:
         self._sums: Counter[str] = Counter()
@@ -40,18 +40,18 @@ class StepMetrics:
         self._n_steps = 0
 
     def add_work(self, *, n_tokens: int, seconds: float, moved: Mapping[str, int]) -> None:
-        """Note what one optimizer step cost; `moved` is bytes per link."""
+        """Add the cost of one optimizer step; `moved` is bytes per link."""
         self._sums.update({"steps": 1, "tokens": n_tokens, "microseconds": round(seconds * 1e6)})
         self._sums.update({link: moved.get(link, 0) for link in _LINKS})
 
     def add(self, estimate: Estimate) -> None:
-        """Note what one optimizer step found, also one that was replayed. A loss that is not finite moves no mean."""
+        """Add the estimate of one optimizer step, also a replayed one. A loss that is not finite changes no mean."""
         self._n_steps += 1
         if estimate.is_finite:
             self._estimates.append((estimate.projected_grad, estimate.loss_plus, estimate.loss_minus))
 
     def take(self) -> dict[str, float]:
-        """The `zo/*` entries for one log, or nothing if no step was made since the last."""
+        """Return the `zo/*` entries for one log, or nothing if no step was made since the last."""
         sums, estimates, n_steps = self._sums, self._estimates, self._n_steps
         self._sums, self._estimates, self._n_steps = Counter(), [], 0
         if not n_steps:
@@ -60,24 +60,24 @@ class StepMetrics:
         means: dict[str, float] = dict(
             zip(("projected_grad", "loss_plus", "loss_minus"), map(fmean, columns), strict=True)
         )
-        if sums["steps"]:  # not all of them were replayed
-            if sums["tokens"]:  # pixels and the like are not counted
+        if sums["steps"]:  # at least one step was not replayed
+            if sums["tokens"]:  # inputs such as pixels have no tokens
                 means["tokens_per_second"] = sums["tokens"] / max(sums["microseconds"] / 1e6, 1e-6)
             means |= {f"bytes_{link}": sums[link] / sums["steps"] for link in _LINKS}
         return {f"zo/{name}": value for name, value in means.items()}
 
     def state(self) -> dict[str, Any]:
-        """What is left over since the last log, as JSON."""
+        """Return the sums since the last log, as JSON."""
         return {"sums": dict(self._sums), "estimates": self._estimates, "n_steps": self._n_steps}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         self._sums, self._n_steps = Counter(state["sums"]), state["n_steps"]
         self._estimates = [(row[0], row[1], row[2]) for row in state["estimates"]]
 
 
 def count_tokens(inputs: Mapping[str, Any]) -> int:
-    """Tokens of a batch that are not padding: the attention mask's sum, or all of `input_ids`."""
+    """Count the tokens of a batch that are not padding: the attention mask's sum, or all of `input_ids`."""
     mask = inputs.get("attention_mask")
     if isinstance(mask, torch.Tensor):
         return int(mask.sum())

@@ -1,9 +1,9 @@
-"""ZOTrainerMixin: the few hooks that turn a transformers Trainer, or any subclass, into a forward-only one.
+"""This module defines ZOTrainerMixin, whose hooks make a transformers Trainer, or a subclass, train forward-only.
 
-Does not: contain arithmetic, a training loop or an evaluation loop. It hands closures to the engine and numbers to the
-Trainer.
+Does not: contain arithmetic, a training loop or an evaluation loop. It passes closures to the engine and numbers to
+the Trainer.
 
-The Trainer keeps its own order of things. Steps are made in stepping.py; resuming.py and saving.py make runs survive.
+The Trainer keeps its own loop. Steps are made in stepping.py; resume/ saves checkpoints and resumes runs.
 """
 
 import logging
@@ -58,7 +58,7 @@ _MEZO_NO_DECAY = ("bias", "layer_norm", "layernorm")
 
 
 class ZOTrainerMixin(SteppingMixin, _Base):
-    """Put it in front of a Trainer class: `class ZOTrainer(ZOTrainerMixin, Trainer)`."""
+    """A ZOTrainerMixin comes before a Trainer class: `class ZOTrainer(ZOTrainerMixin, Trainer)`."""
 
     config_class: type[ZOArguments]
     takes_labels = True  # a batch without labels has no loss
@@ -66,11 +66,11 @@ class ZOTrainerMixin(SteppingMixin, _Base):
     model: Any
 
     _engine: Engine | None = None
-    _loaded_addresses: dict[nn.Parameter, int]  # where in memory a checkpoint was mapped to
-    _casts: dict[nn.Parameter, torch.dtype]  # what the store still has to cast while it adopts a mapped checkpoint
+    _loaded_addresses: dict[nn.Parameter, int]  # address that each parameter of a checkpoint was mapped to
+    _casts: dict[nn.Parameter, torch.dtype]  # casts that the store makes when it takes in a mapped checkpoint
     device_fit: DeviceFit
     _shutdown: Any = None
-    _first_use: FirstUse | None = None  # while parameters show a mapped checkpoint's dtype
+    _first_use: FirstUse | None = None  # set while parameters have a mapped checkpoint's dtype
 
     def __init__(self, *positional: Any, objective: Any = None, **named: Any) -> None:
         given = signature(super().__init__).bind_partial(*positional, **named).arguments
@@ -83,10 +83,10 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         self._check_given(given)
         check_optimizers(given)
         check_dataset(given.get("train_dataset"), name="train_dataset")
-        config._n_gpu = min(config.n_gpu, 1)  # one process drives one device; more would mean DataParallel
+        config._n_gpu = min(config.n_gpu, 1)  # one device a process; more would mean DataParallel
         self._casts, self._loaded_addresses = {}, {}
         self._micro_batches: list[tuple[Any, Any]] = []
-        self._step_offset: int | None = None  # journal step - global step, known from the first step of a training on
+        self._step_offset: int | None = None  # journal step - global step; set by the first step
         self._begins_a_training = True
         self._step_metrics = StepMetrics()
         self._normalisation = LossNormalisation()
@@ -94,10 +94,10 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         self._base_path = model if isinstance(model, str) else None
         if isinstance(model, str):
             given["model"] = self._load(model, given)
-            config.model_init_kwargs = None  # used up: the trainer would warn that it cannot apply them
+            config.model_init_kwargs = None  # the model is loaded: the trainer would warn that it cannot apply them
         refuse_full_quantised(given.get("model"), is_adapted=given.get("peft_config") is not None)
         super().__init__(**given)
-        if self._base_path is not None:  # a chat template's own tokens make embeddings larger than those on disk, say
+        if self._base_path is not None:  # new tokens of a chat template, for example, enlarge embeddings
             self._is_drawn |= any(p.data_ptr() != place for p, place in self._loaded_addresses.items())
             self._loaded_addresses.clear()
         prepare_adapters(self.model, device=config.device, casts=self._casts)
@@ -113,7 +113,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
 
     @property
     def engine(self) -> Engine:
-        """The engine of the current model; made, and the model's weights moved into the store, on first use."""
+        """Return the engine of the current model; the first use makes it, and moves weights into the store."""
         if self._engine is None or self._engine.model is not self.model or not self._engine.store.is_open:
             self._open_engine("begin")
         assert self._engine is not None
@@ -134,16 +134,16 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         logger.info(engine.store.summary())
 
     def _continue_run(self) -> None:
-        engine = self._engine  # gone back to the best model, it is not where the run is
+        engine = self._engine  # after a return to the best model it is at an earlier step than the run
         is_open = engine is not None and engine.model is self.model and engine.store.is_open
         if not is_open or not engine.store.records or engine.store.records is not engine.store.journal.records:  # type: ignore[union-attr]
             self._open_engine("continue")
 
     def close(self) -> None:
-        """Give up the store: threads, folder lock and hooks; idempotent.
+        """Release the store: threads, folder lock and hooks; idempotent.
 
-        The model is an ordinary one from then on, with each weight where its home was: in host memory, in a mapped
-        file, or, if it was resident, on the device.
+        From then on the model is an ordinary one, and each weight is where its unit was resident: in host memory, in a
+        mapped file, or on the device.
         """
         try:
             if self._shutdown is not None:
@@ -152,14 +152,17 @@ class ZOTrainerMixin(SteppingMixin, _Base):
             self._engine = None
 
     def _close_if_choices_changed(self) -> None:
-        """Freezing, unfreezing or another `zo_eps` between two calls of `train()` needs a new engine."""
+        """Close an engine whose model or options have changed.
+
+        Freezing, unfreezing or another `zo_eps` between two calls of `train()` needs a new one.
+        """
         if self._engine is None:
             return
         trainable = {tensor.name for tensor in self._engine.store.layout.trainable_tensors()}
         same_weights = trainable == {name for name, p in self.model.named_parameters() if p.requires_grad}
         kept = {"budgets": self._engine_options.budgets, "dtypes": self._engine_options.dtypes}
         if not same_weights or replace(self._options(), **kept) != self._engine_options:
-            logger.info("Trainable parameters or ZO arguments have changed: the store is opened anew.")
+            logger.info("Trainable parameters or ZO arguments have changed: the store is opened again.")
             self.close()
 
     def _convert(self, args: TrainingArguments | None, model: Any) -> Any:
@@ -179,7 +182,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
                 )
             kwargs["quantization_config"] = quantization
         is_adapted = given.get("peft_config") is not None
-        set_seed(given["args"].seed)  # a new head is drawn at random, here as in the trainers this one stands in for
+        set_seed(given["args"].seed)  # a new head is drawn at random, with the seed that upstream's trainers use
         mapped = load_mapped(
             path, offload_folder=self._offload_folder(given["args"]),
             quantised_on=given["args"].device if is_adapted else None, **kwargs,
@@ -191,18 +194,18 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         return mapped.model
 
     def _check_given(self, given: dict[str, Any]) -> None:
-        """Refuse, or settle, arguments that only this kind of trainer has; `given["args"]` is ours by now."""
+        """Check arguments that only this kind of trainer has; `given["args"]` is a ZO config already."""
 
     def _what_to_load(self) -> dict[str, Any]:
-        """Keyword arguments of `load_mapped` that this kind of trainer needs for a model given as a path."""
+        """Return the arguments of `load_mapped` that this kind of trainer needs for a model given as a path."""
         return {}
 
     def _count_pass(self, inputs: Any) -> Workload | None:
-        """Operations and bytes of one pass over such a batch; None where this kind of trainer cannot count them."""
+        """Count the work of one pass over such a batch; return None where this kind of trainer cannot count it."""
         return None
 
     def _check_model_and_budgets(self) -> None:
-        """Refuse budgets that cannot work before anything is moved."""
+        """Refuse models without weights and budgets that cannot work, before any weight is moved."""
         empty = next((name for name, p in self.model.named_parameters() if p.is_meta), None)
         if empty is not None:
             raise ConfigError(
@@ -210,7 +213,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
                 "`device_map`, or hand over the checkpoint's path, which is then read unit by unit."
             )
         if not any(p.requires_grad for p in self.model.parameters()):
-            raise ConfigError("The model has no trainable parameter: set `requires_grad` on those that should move.")
+            raise ConfigError("The model has no trainable parameter: set `requires_grad` on those to train.")
         try:
             plan_engine(self.model, self._options())
         except BudgetError as error:
@@ -226,7 +229,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
             n_processes=self.ranks.n_local,
         )  # fmt: skip
         if budgets.device == "min" or parse_size(args.device_memory, argument="device_memory") == "auto":
-            return budgets  # "auto" is of what is free beside a quantised base
+            return budgets  # "auto" is computed from the memory that a quantised base leaves free
         return replace(budgets, device=max(budgets.device - self._quantised_bytes(), 0))
 
     def _quantised_bytes(self) -> int:
@@ -256,7 +259,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         )
 
     def _base_folder(self) -> str | None:
-        """The checkpoint that holds the weights training begins with, if nothing but loading it has made them."""
+        """Return the checkpoint with the weights that training begins from, if these are unchanged since loading."""
         folder = Path(self._base_path or "-")
         if not self._base_path or not folder.is_dir() or self._is_drawn:
             return None
@@ -274,23 +277,29 @@ class ZOTrainerMixin(SteppingMixin, _Base):
     # -- hooks of the Trainer: set-up
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """The store decides where parameters live."""
+        """Do nothing: the store places parameters."""
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """No DDP, no autocast wrapper, no `.to()`: accelerate leaves a model alone that says it is prepared."""
+        """Return the model without DDP, an autocast wrapper or a call of `.to()`.
+
+        accelerate does not change a model that is marked as prepared.
+        """
         assert self.engine is not None
         model._is_accelerate_prepared = True  # type: ignore[assignment]
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """An optimizer whose step commits the estimate; it holds parameter groups for schedulers and no state."""
-        self.accelerator.scaler = None  # nothing is scaled, and a scaler would wait for gradients
+        """Make an optimizer whose step commits the estimate; it holds parameter groups for schedulers and no state."""
+        self.accelerator.scaler = None  # no gradients exist that a scaler could scale
         if self.optimizer is None:
             self.optimizer = ZOOptimizer(self.model, self.args, decay_names=self._decay_names(), commit=self._commit)
         return self.optimizer
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """Autocast as the arguments ask, without its cache: Parameters hold many probes' weights; no whole logits."""
+        """Enter autocast as the arguments ask, and defer logits so that they are never computed as a whole.
+
+        Autocast's cache is off, because a Parameter holds the weights of several probes in turn.
+        """
         stack = super().compute_loss_context_manager()  # type: ignore[misc]
         stack.enter_context(self.accelerator.autocast(autocast_handler=AutocastKwargs(cache_enabled=False)))
         stack.enter_context(deferring_logits(wanted=self.objective is None))
@@ -299,11 +308,11 @@ class ZOTrainerMixin(SteppingMixin, _Base):
     # -- hooks of the Trainer: a training
 
     def train(self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """See [`~transformers.Trainer.train`]. When it returns, the model's parameters show every finished step.
+        """See [`~transformers.Trainer.train`]. When it returns, the model's parameters include every finished step.
 
         Args:
-            resume_from_checkpoint: True goes on with the run in `store_dir`, from its last journaled step; a path does
-                so from that checkpoint of the run on. Without it a new run begins.
+            resume_from_checkpoint: True resumes the run in `store_dir` after its last journaled step; a path resumes
+                the run from that checkpoint. Without it a new run begins.
         """
         self._micro_batches.clear()
         self._step_offset = self._replay = self._resumes_at = None
@@ -316,7 +325,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
             started_from = None if self._resumes_at is None else self._resumes_at.folder
             folder = None if started_from is None else str(started_from)
             evaluates_first = self.args.eval_on_start
-            self.args.eval_on_start = evaluates_first and folder is None  # a checkpoint is no start
+            self.args.eval_on_start = evaluates_first and folder is None  # a resumed run does not start
             try:
                 with self._naming_lost_rank():
                     result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
@@ -324,10 +333,10 @@ class ZOTrainerMixin(SteppingMixin, _Base):
                 return result
             except SystemExit:  # SIGTERM: everything is in the journal
                 if self._engine is not None:
-                    with suppress(StoreError):  # a version that was not written: an older one is there
+                    with suppress(StoreError):  # if a version was not written, an older one is on disk
                         self._engine.shutdown(flush=False)
                 raise
-            finally:  # also after Ctrl-C: what the user looks at next should not be a few steps old
+            finally:  # also after Ctrl-C: the user may read the parameters next
                 self.args.eval_on_start = evaluates_first
                 if self._engine is not None:
                     self._engine.flush()
@@ -335,7 +344,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
     # -- hooks of the Trainer: evaluation
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own loop over a dataloader that runs several batches' `prediction_step` in one traversal."""
+        """Run the Trainer's own loop over a dataloader that evaluates several batches in one traversal."""
         given = signature(Trainer.evaluation_loop).bind(self, dataloader, *args, **kwargs).arguments
         loss_only = given.get("prediction_loss_only")
         batches = EvaluationTraversal(
@@ -343,17 +352,18 @@ class ZOTrainerMixin(SteppingMixin, _Base):
             prediction_loss_only=self.args.prediction_loss_only if loss_only is None else loss_only,
             ignore_keys=given.get("ignore_keys"),
         )  # fmt: skip
-        self.prediction_step = batches.take  # what the loop calls for each batch it gets from `batches`
+        self.prediction_step = batches.take  # the loop calls it for each batch of `batches`
         try:
             return super().evaluation_loop(batches, *args, **kwargs)  # type: ignore[misc]
         finally:
             del self.prediction_step
-            self.engine.store.weights_changed()  # the user is next: what they write must not meet copies fetched ahead
+            # Drop prefetched copies, because the user may now write into the parameters.
+            self.engine.store.weights_changed()
 
 
 def _open_engine_of(trainer: Callable[[], ZOTrainerMixin | None]) -> None:
-    """Let a trainer that still exists move its model's weights into the store, which casts them on the way."""
+    """Move the weights of a trainer's model into the store, which casts them, if the trainer still exists."""
     found = trainer()
     if found is not None:
-        with torch.inference_mode(False):  # weights made in it could not be trained
+        with torch.inference_mode(False):  # inference tensors could not be trained
             assert found.engine is not None

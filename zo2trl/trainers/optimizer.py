@@ -1,4 +1,4 @@
-"""The optimizer that schedulers, callbacks and accelerate expect: it holds learning rates, and commits estimates."""
+"""This module defines the optimizer that the Trainer expects: it holds learning rates and commits estimates."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -11,7 +11,7 @@ __all__ = ["ZOOptimizer"]
 
 
 class ZOOptimizer(torch.optim.Optimizer):
-    """Parameter groups without state. `step` writes the pending estimate into the journal at the current rate."""
+    """A ZOOptimizer holds parameter groups without state. `step` writes the pending estimate into the journal."""
 
     def __init__(
         self,
@@ -31,5 +31,5 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], {"lr": args.learning_rate})
 
     def step(self, closure: Any = None) -> None:
-        """Commit the estimate of the last training step; the weights absorb it when they are next visited."""
+        """Commit the estimate of the last training step; it is applied to weights when they are next visited."""
         self._commit(learning_rate=self.param_groups[0]["lr"])

@@ -1,6 +1,6 @@
-"""ParallelMixin: a training made by several processes, as `torchrun` and `accelerate launch` start them.
+"""This module defines ParallelMixin, with which several processes (`torchrun`, `accelerate launch`) make one training.
 
-Does not: send anything by itself (parallel/ranks.py), or wrap the model: weights stay alike because every process
+Does not: send messages by itself (parallel/ranks.py does), or wrap the model: weights stay equal because every process
 makes the same steps from the same losses.
 
 Each process has its own store, in `store_dir/rank-N`; a single process has `store_dir` itself.
@@ -31,16 +31,16 @@ _Base = Trainer if TYPE_CHECKING else object
 
 
 class ParallelMixin(_Base):
-    """The part of `ZOTrainerMixin` that knows that there are several processes."""
+    """ParallelMixin is the part of `ZOTrainerMixin` that coordinates several processes."""
 
     args: Any
     ranks: Ranks = ALONE
 
     def _join_ranks(self, config: Any) -> None:
-        """Find the other processes; called first, in all of them."""
+        """Connect to the other processes; every process calls this first."""
         _check_parallelism(config)
         if config.parallelism == "directions" and config.world_size > 1:
-            # Items are counted over all processes, and these see the same ones.
+            # Upstream would add up the items of all processes, but these have the same items.
             config.average_tokens_across_devices = False
         self.ranks = join_ranks(config.parallelism, patience_s=config.ddp_timeout)
 
@@ -50,7 +50,7 @@ class ParallelMixin(_Base):
         return folder if self.ranks.size == 1 else folder / _rank_folder(self.ranks.rank)
 
     def _agree_on_step(self, batches: Sequence[Any], passes_per_traversal: int) -> tuple[int, int]:
-        """Passes a traversal that suit every process, and the tokens of the step's micro-batches in all of them.
+        """Return passes per traversal that fit in every process, and the tokens that all processes have in this step.
 
         Raises:
             RanksDiverged: the processes should have the same micro-batches, and do not.
@@ -72,7 +72,7 @@ class ParallelMixin(_Base):
 
     @contextmanager
     def _without_gathering(self) -> Iterator[None]:
-        """Inside, what losses gather for their metrics is this process's own: others do not look just now."""
+        """Make accelerate's gathering return a process's own values, because the others evaluate nothing now."""
         accelerator, own = self.accelerator, ("gather", "gather_for_metrics", "reduce")
         if self.ranks.size > 1:
             for name in own:
@@ -85,7 +85,10 @@ class ParallelMixin(_Base):
 
     @contextmanager
     def _naming_lost_rank(self) -> Iterator[None]:
-        """What upstream gathers in between fails with words of the transport's own if a process has ended."""
+        """Convert a transport error into one that names the lost rank.
+
+        Upstream gathers values between our messages; that fails with the transport's own words if a process has ended.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -96,7 +99,10 @@ class ParallelMixin(_Base):
     # -- hooks of the Trainer
 
     def get_train_dataloader(self) -> Any:
-        """See [`~transformers.Trainer.get_train_dataloader`]; with direction parallelism, all get all batches."""
+        """See [`~transformers.Trainer.get_train_dataloader`].
+
+        With direction parallelism every process gets all batches.
+        """
         if self.ranks.n_shares_of_data == self.ranks.size:
             return super().get_train_dataloader()  # type: ignore[misc]
         accelerator: Any = self.accelerator
@@ -107,7 +113,7 @@ class ParallelMixin(_Base):
             del accelerator.prepare_data_loader
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Rows in the micro-batches of a step, over all processes that have different ones."""
+        """Count the rows in the micro-batches of a step, over all processes that have different ones."""
         total = super().get_total_train_batch_size(args)  # type: ignore[misc]
         return total * self.ranks.n_shares_of_data // self.ranks.size
 
@@ -119,10 +125,10 @@ class ParallelMixin(_Base):
 
 
 def refuse_other_world_size(store_dir: Path, ranks: Ranks) -> None:
-    """Refuse a folder with a run made by another number of processes: two runs in one folder would be mixed up.
+    """Refuse a folder whose run was made by another number of processes: two runs in one folder would be mixed up.
 
     Raises:
-        ConfigError: names both numbers and the way out.
+        ConfigError: the message names both numbers and the way out.
     """
     n_found = len([path for path in store_dir.glob("rank-*") if has_run(path)]) or int(has_run(store_dir))
     is_whole = has_run(store_dir)
@@ -153,7 +159,7 @@ def _check_parallelism(config: Any) -> None:
             )
         if config.train_sampling_strategy == "batch_rebalance" or loading.dispatch_batches or loading.split_batches:
             raise UnsupportedError(
-                '`parallelism="directions"` gives all processes the same batches, so none can be dealt out: leave '
+                '`parallelism="directions"` gives all processes the same batches, so batches cannot be divided: leave '
                 '`train_sampling_strategy="batch_rebalance"`, `dispatch_batches` and `split_batches` out.'
             )
     if config.auto_find_batch_size:
@@ -169,7 +175,7 @@ def _check_parallelism(config: Any) -> None:
 
 
 def _crc_of(batches: Sequence[Any]) -> int:
-    """Of the numbers that models see of them."""
+    """Compute the checksum of all tensors in some batches."""
     crc = 0
     for inputs in batches:
         for name in sorted(name for name, value in inputs.items() if isinstance(value, torch.Tensor)):
@@ -178,7 +184,7 @@ def _crc_of(batches: Sequence[Any]) -> int:
 
 
 def _prepare_undivided(accelerator: Any, data_loader: Any, device_placement: Any = None, **_: Any) -> Any:
-    """What `Accelerator.prepare_data_loader` does in a single process."""
+    """Prepare a dataloader as `Accelerator.prepare_data_loader` does in a single process."""
     placed = accelerator.device_placement if device_placement is None else device_placement
     prepared = prepare_data_loader(
         data_loader, accelerator.device, num_processes=1, process_index=0, put_on_device=placed,

@@ -1,4 +1,4 @@
-"""ZORewardTrainer: TRL's RewardTrainer, trained with forward passes only."""
+"""This module defines ZORewardTrainer: TRL's RewardTrainer, trained with forward passes only."""
 
 from dataclasses import dataclass
 from typing import Any

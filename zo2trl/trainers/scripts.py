@@ -1,11 +1,11 @@
-"""Training scripts: TRL's own `sft`, `dpo` and `reward`, with the trainer and its config replaced by ours.
+"""This module runs TRL's scripts `sft`, `dpo` and `reward` with our trainers and configs.
 
     accelerate launch --module zo2trl.trainers.scripts sft --config sft.yaml --max_steps 100
 
-Does not: start processes (cli/training.py does, through accelerate), or know an argument that TRL, transformers or our
-configs do not.
-Invariant: what the command line gives wins over the `--config` file, which wins over defaults; what nobody reads is
-refused.
+Does not: start processes (cli/training.py does, through accelerate), or add an argument to those of TRL, transformers
+and our configs.
+Invariant: the command line takes precedence over the `--config` file, and that over defaults; an argument that no
+config reads is refused.
 """
 
 import difflib
@@ -45,7 +45,7 @@ __all__ = [
     "train",
 ]
 
-# One line: argparse prints it before every complaint, and would print all 200 arguments.
+# argparse prints it before every error; without it that would be a list of 200 arguments.
 USAGE = "%(prog)s [--config FILE] [arguments; --help lists them]"
 SCRIPTS = {
     "sft": ("ZOSFTTrainer", "ZOSFTConfig"),
@@ -54,8 +54,8 @@ SCRIPTS = {
 }
 """Command -> names of trainer and config in the package."""
 CHECKED = "ZO2TRL_ARGUMENTS_CHECKED"
-"""Variable by which `zo2trl sft` tells its processes that what they do not know in the file was accelerate's."""
-_GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT wraps what generates text, which a reward model does not
+"""`zo2trl sft` sets this variable for its processes, after it has checked the arguments and the file."""
+_GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's types for models that generate text
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class ZOModelConfig(ModelConfig):
 
 
 def make_parser(name: str, *, prog: str | None = None) -> TrlParser:
-    """The parser of one script: `ScriptArguments`, the trainer's config, `ZOModelConfig`, `DatasetMixtureConfig`.
+    """Make the parser of one script: `ScriptArguments`, the trainer's config, `ZOModelConfig`, `DatasetMixtureConfig`.
 
     Raises:
         ConfigError: there is no such script.
@@ -89,7 +89,7 @@ def make_parser(name: str, *, prog: str | None = None) -> TrlParser:
         raise ConfigError(f"There is no script {name!r}. Choose one of {', '.join(SCRIPTS)}.")
     config_class = getattr(import_module("zo2trl"), SCRIPTS[name][1])
     read: Any = (ScriptArguments, config_class, ZOModelConfig, DatasetMixtureConfig)
-    # Abbreviated, accelerate's `--cpu` would be an ambiguous `--cpu_memory`.
+    # With abbreviations, accelerate's `--cpu` would be an ambiguous `--cpu_memory`.
     parser = TrlParser(read, prog=prog, usage=USAGE, allow_abbrev=False)
     if name == "reward":
         parser.set_defaults(lora_task_type="SEQ_CLS")
@@ -97,7 +97,7 @@ def make_parser(name: str, *, prog: str | None = None) -> TrlParser:
 
 
 def parse(parser: TrlParser, arguments: Sequence[str], **how: Any) -> tuple[Any, ...]:
-    """`parser.parse_args_and_config`; whatever is wrong with a file or a value is told as a `ConfigError`."""
+    """Call `parser.parse_args_and_config`, and convert every error in a file or a value into a `ConfigError`."""
     split = [part for each in arguments for part in _parts(each)]
     if split[-1:] == ["--config"]:
         raise ConfigError("`--config` needs the path of a YAML file.")
@@ -110,12 +110,12 @@ def parse(parser: TrlParser, arguments: Sequence[str], **how: Any) -> tuple[Any,
 
 
 def _parts(argument: str) -> list[str]:
-    """`--config=FILE` as TRL's parser looks for it."""
+    """Split `--config=FILE` in two, because TRL's parser looks for these."""
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def refuse_unknown(option: str, *, name: str, others: Collection[str] = ()) -> None:
-    """Say that nobody reads `option`, and what was probably meant.
+    """Refuse an option that no parser reads, and suggest the closest one that exists.
 
     Raises:
         ConfigError: always.
@@ -126,7 +126,7 @@ def refuse_unknown(option: str, *, name: str, others: Collection[str] = ()) -> N
 
 
 def refuse_positional(value: str, *, name: str) -> None:
-    """Say that `value` belongs to no option.
+    """Refuse a value that belongs to no option.
 
     Raises:
         ConfigError: always.
@@ -137,7 +137,10 @@ def refuse_positional(value: str, *, name: str) -> None:
 
 
 def _refuse_left_over(name: str, from_config: Sequence[str], from_line: Sequence[str]) -> None:
-    """What no dataclass has read, in a script that nobody's launcher has passed arguments to."""
+    """Refuse arguments that no dataclass has read.
+
+    Without `CHECKED` the script was not started by `zo2trl`, so entries of the file are checked here, too.
+    """
     for value in from_line:
         if not value.startswith("-"):
             refuse_positional(value, name=name)
@@ -165,7 +168,7 @@ def train(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> None:
-    """Train, save, and push if that was asked for.
+    """Train, save, and push if the arguments ask for it.
 
     Raises:
         ConfigError: no model or no data set was named, a split does not exist, or an argument cannot work.
@@ -174,7 +177,7 @@ def train(
     _refuse_generating_adapter(name, model_args)
     resume = training_args.resume_from_checkpoint = _resume(training_args.resume_from_checkpoint)
     if script_args.ignore_bias_buffers:
-        _warn("`ignore_bias_buffers` has no effect: the model is not wrapped in DDP, so no buffers are sent around.")
+        _warn("`ignore_bias_buffers` has no effect: the model is not wrapped in DDP, so no buffers are broadcast.")
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     dataset = load_datasets(script_args, dataset_args)
     wants_eval = training_args.eval_strategy != "no"
@@ -201,7 +204,7 @@ def train(
 
 
 def refuse_no_model(model_args: ModelConfig) -> None:
-    """Say so before anything is loaded, if no model is named, or a folder that is not there.
+    """Refuse a missing model, or a model folder that does not exist, before anything is loaded.
 
     Raises:
         ConfigError: see above.
@@ -225,7 +228,7 @@ def _refuse_generating_adapter(name: str, model_args: ModelConfig) -> None:
 
 @contextmanager
 def _refusals_of_peft(model_args: ModelConfig) -> Iterator[None]:
-    """PEFT's word on an adapter that cannot be made, as an error made for users."""
+    """Convert PEFT's error for an adapter that cannot be made into a `ConfigError`."""
     try:
         yield
     except ZO2TRLError:
@@ -243,7 +246,7 @@ def _refusals_of_peft(model_args: ModelConfig) -> Iterator[None]:
 
 
 def _resume(given: str | bool | None) -> str | bool | None:
-    """A command line has words only, and the field is a `str`: `true` is the True that a file can say."""
+    """Convert the words `true` and `false` of a command line, because the field is a `str`; a file can hold True."""
     return {"true": True, "false": None}.get(given.lower(), given) if isinstance(given, str) else given
 
 
@@ -253,7 +256,7 @@ def _warn(message: str) -> None:
 
 
 def model_init_kwargs(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
-    """What `from_pretrained` is told: the options of `ModelConfig`, and `--model_init_kwargs` on top of them."""
+    """Return the arguments of `from_pretrained`: options of `ModelConfig`, overridden by `--model_init_kwargs`."""
     chosen: dict[str, Any] = {
         "revision": model_args.model_revision,
         "trust_remote_code": getattr(training_args, "trust_remote_code", False),
@@ -265,7 +268,7 @@ def model_init_kwargs(training_args: Any, model_args: ModelConfig) -> dict[str, 
 
 
 def load_datasets(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Any:
-    """The splits that `--dataset_name`, or the `datasets:` list of a config file, names; the list wins, as in TRL.
+    """Load the splits that `--dataset_name` or a config file's `datasets:` list names; TRL prefers the list, too.
 
     Raises:
         ConfigError: neither is given, or what is given cannot be loaded.
@@ -311,7 +314,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
 
 
 def _rank() -> str:
-    """Which of several processes speaks."""
+    """Return which of several processes reports an error, as text."""
     rank = os.environ.get("RANK", "0")
     return f" (process {rank})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 

@@ -1,4 +1,4 @@
-"""ZOSFTTrainer: TRL's SFTTrainer, trained with forward passes only."""
+"""This module defines ZOSFTTrainer: TRL's SFTTrainer, trained with forward passes only."""
 
 from dataclasses import dataclass
 from typing import Any

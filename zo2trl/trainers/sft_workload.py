@@ -1,6 +1,8 @@
-"""Counting one pass of supervised fine-tuning on a model without weights, for a plan and for the run alike.
+"""This module counts the work of one pass of supervised fine-tuning on a model without weights.
 
-Does not: load weights, or know a machine.
+Plans and the start-up report of a run both use it.
+
+Does not: load weights, or depend on a machine.
 Invariant: a plan and a run of the same model on batches of the same shape count the same.
 """
 
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 def build_model(
     model_class: Any, config: PreTrainedConfig, *, dtype: torch.dtype, peft_config: Any = None
 ) -> tuple[nn.Module, Callable[[torch.Tensor], Any]]:
-    """The model that the trainer would make, on the meta device, and one call of its loss on token ids.
+    """Build the model that the trainer would make, on the meta device, and a function that runs its loss on token ids.
 
     Raises:
         ConfigError: the adapter does not fit the model.
@@ -57,10 +59,10 @@ def count_batch(
     autocast: torch.dtype | None,
     on_cpu: bool,
 ) -> Workload | None:
-    """One pass over token ids of this shape; None if the model's forward looks at values.
+    """Count one pass over token ids of this shape; return None if the model's forward reads values.
 
     Args:
-        model, run: of `build_model`; the model gets fake tensors.
+        model, run: what `build_model` returned; the model gets fake tensors.
     """
     mode = fake_tensors()
     make_fake(model, mode=mode)
@@ -68,7 +70,7 @@ def count_batch(
         ids = torch.zeros(shape, dtype=torch.long)
     try:
         return count_pass(model, lambda: run(ids), mode=mode, autocast=autocast, on_cpu=on_cpu)
-    except Exception:  # whatever a forward raises that looks at values
+    except Exception:  # a forward that reads values may raise anything
         logger.debug("A pass could not be counted.", exc_info=True)
         return None
 
@@ -76,7 +78,7 @@ def count_batch(
 def count_like(
     trained: nn.Module, inputs: Mapping[str, Any], *, autocast: torch.dtype | None, on_cpu: bool
 ) -> Workload | None:
-    """One pass of a model like the one that is trained; None if none can be built from its configuration.
+    """Count one pass of a model like the trained one; return None if none can be built from its configuration.
 
     Args:
         inputs: a batch with `input_ids`.
@@ -91,7 +93,7 @@ def count_like(
         model, run = build_model(type(base), base.config, dtype=base.dtype, peft_config=peft_config)
         _copy_dtypes(model, trained)
     except Exception:
-        logger.debug("No model could be built to count a pass of.", exc_info=True)
+        logger.debug("No model could be built to count its pass.", exc_info=True)
         return None
     return count_batch(model, run, (ids.shape[0], ids.shape[1]), autocast=autocast, on_cpu=on_cpu)
 
@@ -105,7 +107,7 @@ def _copy_dtypes(model: nn.Module, trained: nn.Module) -> None:
     wanted = dict(trained.named_parameters())
     named = dict(model.named_parameters())
     if named.keys() != wanted.keys():
-        raise ValueError("other parameters than those of the model that is trained")
+        raise ValueError("the built model has other parameters than the trained one")
     for name, parameter in named.items():
         if wanted[name].dtype != parameter.dtype and wanted[name].dtype.is_floating_point:
             parameter.data = parameter.data.to(wanted[name].dtype)

@@ -1,11 +1,11 @@
-"""What SIGINT and SIGTERM do while a training runs.
+"""This module defines what SIGINT and SIGTERM do while a training runs.
 
-The first one drops the step that is being made, or lets a change of bytes end first (files/interrupts.py), and raises:
-the journal holds every step before it, so nothing has to be saved. A second one, of either kind, ends the process at
-once, also inside a held section, which loses nothing either.
+The first signal drops the step in progress, or waits until a change of bytes has ended (files/interrupts.py), and
+raises: the journal holds every step before it, so nothing has to be saved. A second one, of either kind, ends the
+process at once, also inside a held section, and that loses nothing either.
 
-Does not: replace a handler that somebody else has installed (a notebook, a job launcher that saves and requeues): that
-one is called as ever, or at the end of a held section. To stop the training it may raise, or set
+Does not: replace a handler that a user has installed (a notebook, a job launcher that saves and requeues): that one is
+called as before, or at the end of a held section. To stop the training it may raise, or set
 `trainer.control.should_training_stop`.
 """
 
@@ -25,13 +25,13 @@ __all__ = ["ending_in_time", "stop_if_asked", "stopping_on_signals"]
 
 logger = logging.getLogger(__name__)
 
-MAX_WAIT_S = 15.0  # of a process that others may have left alone; launchers end it after 30
+MAX_WAIT_S = 15.0  # launchers kill a process 30 s after SIGTERM; this one may wait for processes that have ended
 
 _DEFAULT_HANDLERS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class _Stop(Holding):
-    """Handler of both signals during one training."""
+    """A _Stop is the handler of both signals during one training."""
 
     def __init__(self) -> None:
         super().__init__(_raise)
@@ -40,15 +40,14 @@ class _Stop(Holding):
         self.asked: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal `number` has come."""
-        if (
-            self.is_over or os.getpid() != self._process
-        ):  # forked workers inherit it, and SIGTERM is how they are ended
+        """Handle the signal `number`."""
+        # Forked workers inherit the handler, and SIGTERM is how they are ended.
+        if self.is_over or os.getpid() != self._process:
             return _act_by_default(number)
         if self.asked is not None:
             os._exit(128 + number)
         self.asked = number
-        with suppress(Exception):  # the signal may have struck inside of a write to the very same stream
+        with suppress(Exception):  # the signal may have interrupted a write to the same stream
             logger.warning(
                 "%s: training stops here, and every step in the journal is kept. Send it again (Ctrl-C) to exit at "
                 "once.",
@@ -62,9 +61,9 @@ _running: _Stop | None = None
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM SystemExit(143), and a second one of either exits at once.
+    """Make Ctrl-C raise KeyboardInterrupt and SIGTERM raise SystemExit(143); a second signal exits at once.
 
-    Only in the main thread, and only for signals that nobody else handles.
+    This holds only in the main thread, and only for signals that have their default handlers.
     """
     global _running
     if threading.current_thread() is not threading.main_thread() or _running is not None:
@@ -78,24 +77,24 @@ def stopping_on_signals() -> Iterator[None]:
                 signal.signal(number, stop)
         yield
     except Exception as error:
-        # A launcher that signals the whole group also kills data loader workers, and their death is an error here.
+        # A launcher that signals the whole group also kills data loader workers, which raises an error here.
         if stop.asked is None:
             raise
         logger.warning("While stopping: %s: %s", type(error).__name__, error)
         _raise(stop.asked, None)
     finally:
         _running, stop.is_over = None, True
-        for number in reversed(HELD):  # Ctrl-C last: what it raises once it is back has nothing to skip
+        for number in reversed(HELD):  # Ctrl-C last: once restored it may raise, and then nothing is left to restore
             if signal.getsignal(number) is stop:
                 signal.signal(number, _DEFAULT_HANDLERS[number])
 
 
 @contextmanager
 def ending_in_time(after_s: float = MAX_WAIT_S) -> Iterator[None]:
-    """Inside, a process that SIGTERM has not ended after so long ends at once: it waits in a library for others.
+    """End the process if it still runs `after_s` seconds after SIGTERM, because a library waits for other processes.
 
-    Python runs a handler when the library returns, which may wait for a process that has died (NCCL: 10 minutes). To
-    be entered in `stopping_on_signals`; nothing happens if somebody else handles SIGTERM.
+    Python runs a handler when the library returns, which may wait for a process that has died (NCCL: 10 minutes). This
+    must be entered inside `stopping_on_signals`; it does nothing if the user's own code handles SIGTERM.
     """
     stop = _running
     if stop is None or signal.getsignal(signal.SIGTERM) is not stop:
@@ -104,7 +103,7 @@ def ending_in_time(after_s: float = MAX_WAIT_S) -> Iterator[None]:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     thread = threading.Thread(target=_exit_after_sigterm, args=(receiver, after_s), name="zo2trl-signals", daemon=True)
-    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)  # the system's own handler writes to it
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)  # the C-level handler writes to it
     _wakeup_fds.add(sender.fileno())
     thread.start()
     try:
@@ -112,7 +111,7 @@ def ending_in_time(after_s: float = MAX_WAIT_S) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         _wakeup_fds.discard(sender.fileno())
-        sender.send(_OVER)  # closing it would not do: workers that were forked meanwhile have it open, too
+        sender.send(_OVER)  # closing it is not enough: workers that were forked meanwhile hold it open
         thread.join()
         sender.close()
         receiver.close()
@@ -132,7 +131,7 @@ _wakeup_fds: set[int] = set()
 
 
 def _clear_wakeup_fd() -> None:
-    if _wakeup_fds:  # a forked worker that is sender to end must not tell its parent
+    if _wakeup_fds:  # a SIGTERM to a forked worker must not reach its parent's socket
         signal.set_wakeup_fd(-1)
 
 
@@ -140,7 +139,7 @@ os.register_at_fork(after_in_child=_clear_wakeup_fd)
 
 
 def stop_if_asked() -> None:
-    """Stop again if the first time had no effect: what a handler raises inside of a `__del__` is swallowed."""
+    """Raise again if the first exception had no effect: Python swallows one that is raised inside `__del__`."""
     if _running is not None and _running.asked is not None:
         _raise(_running.asked, None)
 

@@ -1,6 +1,6 @@
-"""SteppingMixin: a training step of the Trainer, made with forward passes only.
+"""This module defines SteppingMixin, which makes the Trainer's training step with forward passes only.
 
-Does not: open or close the engine (mixin.py), or know how checkpoints are made (resuming.py).
+Does not: open or close the engine (mixin.py), or make checkpoints (resume/saving.py).
 
 `training_step` collects micro-batches until gradients would sync, then estimates; `_clip_grad_norm` clips the scalar;
 the optimizer's `step` commits it to the journal.
@@ -33,12 +33,12 @@ __all__ = ["SteppingMixin"]
 
 _Base = Trainer if TYPE_CHECKING else object
 
-# Callbacks of TRL that read parameters behind every step: they must not find weights that are a few steps old.
+# TRL's callbacks that read parameters after every step, so that pending updates must be applied before.
 READS_PARAMETERS = frozenset({"BEMACallback"})
 
 
 class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
-    """The part of `ZOTrainerMixin` that makes steps."""
+    """SteppingMixin is the part of `ZOTrainerMixin` that makes steps."""
 
     device_fit: DeviceFit
     _normalisation: LossNormalisation
@@ -53,7 +53,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
             return torch.zeros((), device=self.args.device)
         batches, self._micro_batches = self._micro_batches, []
         self._randomness.used(len(batches))
-        # The root says "training" to loss and metric code; everything below runs without dropout, as MeZO does.
+        # Loss and metric code reads `training` of the root module; its submodules run without dropout, as in MeZO.
         model.eval()
         model.training = True
         if self._replay is not None and not self._replay.is_over:
@@ -107,20 +107,23 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         return self._step_offset
 
     def _find_step_offset(self) -> int:
-        # A second call of `train()` counts steps from 0 again, but its directions and records must be new ones.
+        # A second call of `train()` counts steps from 0 again, but must not reuse directions and records.
         records, first_step = self.engine.store.records, self.state.global_step
         return records[-1].step + 1 - first_step if records and records[-1].step >= first_step else 0
 
     def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         with self.compute_loss_context_manager():
             loss: Any = self.compute_step_loss(model, dict(inputs), num_items_in_batch)
-        if self.args.device.type == "cpu":  # or every pass would leave holes of its own, until they all count
+        if self.args.device.type == "cpu":  # else freed memory of every pass would add up, in fragments
             return_free_pages()
         return loss.mean() / self._normalisation.divisor(self, num_items_in_batch)
 
     @contextmanager
     def probes_counted_once(self, n_probes: int) -> Iterator[None]:
-        """Around a traversal in which `n_probes` probes see every batch; trainers that count tokens correct them."""
+        """Enclose a traversal in which `n_probes` probes see every batch.
+
+        Trainers that count tokens in `compute_loss` override it to divide their counts.
+        """
         yield
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
@@ -140,7 +143,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
             self._replay.advance(learning_rate=learning_rate)
             return
         store, measured = self.engine.store, self._measured()
-        if measured is not None:  # first: what the journal does not confirm is forgotten
+        if measured is not None:  # before the commit: opening drops entries that have no record
             store.logbook.put("step", len(store.records) + 1, measured)
         self.engine.commit(
             learning_rate=learning_rate, weight_decay=self.args.weight_decay, projected_grads=self._grads,
@@ -151,11 +154,11 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
             self.engine.flush()
 
     def _measured(self) -> Any:
-        """What the forwards of this step measured besides losses, as JSON, for trainers that log such things."""
+        """Return, as JSON, what the forwards of this step measured besides losses, if the trainer logs it."""
         return None
 
     def _restore_measured(self, measured: Any) -> None:
-        """A step is gone through again without forwards; this is what `_measured` returned for it."""
+        """Restore what `_measured` returned for a step that is replayed without forwards."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the `zo/*` means since the last log to training logs."""
@@ -164,6 +167,6 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         super().log(logs, start_time)  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """A forward (2 of the usual 6 units) per probe of this process, and no backward."""
+        """Count a forward (2 of the usual 6 units) per probe of this process, and no backward."""
         n_probes = len(self.engine.probes)
         return super().floating_point_ops(inputs) * n_probes // 3  # type: ignore[misc]

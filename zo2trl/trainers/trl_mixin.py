@@ -1,9 +1,9 @@
-"""ZOTRLMixin: what TRL's trainers count in every call of `compute_loss`, counted once a step.
+"""This module defines ZOTRLMixin, which counts once a step what TRL's trainers count in every call of `compute_loss`.
 
-Does not: know one TRL trainer from another. They share `_metrics` (means since the last log) and, most of them,
-`_total_train_tokens`; `_prepare_dataset` and the rest of a trainer stay its own.
+Does not: distinguish TRL's trainers. They share `_metrics` (means since the last log) and, most of them,
+`_total_train_tokens`; each keeps its own `_prepare_dataset` and the rest.
 
-Invariant: a token is counted once, however many probes see it; looks at the loss that are no step leave no trace.
+Invariant: a token is counted once, however many probes see it; evaluations of the loss outside steps change no count.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ __all__ = ["ZOTRLMixin"]
 
 
 class ZOTRLMixin(ZOTrainerMixin):
-    """Put it in front of a TRL trainer: `class ZOKTOTrainer(ZOTRLMixin, KTOTrainer)`, with a `config_class`."""
+    """A ZOTRLMixin comes before a TRL trainer: `class ZOKTOTrainer(ZOTRLMixin, KTOTrainer)`, with a `config_class`."""
 
-    takes_labels = False  # most losses of TRL are of columns of their own
+    takes_labels = False  # most losses of TRL are computed from other columns
     _metrics: dict[str, Any]
     _total_train_tokens: float
     _lengths_before: dict[str, int]
@@ -35,27 +35,33 @@ class ZOTRLMixin(ZOTrainerMixin):
     def _check_given(self, given: dict[str, Any]) -> None:
         config, is_given = given["args"], given.get("ref_model") is not None
         if not is_given and not hasattr(config, "precompute_ref_log_probs"):
-            return  # it has no reference
+            return  # this kind of trainer has no reference
         is_adapted = given.get("peft_config") is not None or hasattr(given.get("model"), "peft_config")
         if is_given or not (is_adapted or config.precompute_ref_log_probs):
             what = "`ref_model`" if is_given else "The reference of full fine-tuning"
             raise UnsupportedError(
                 f"{what} would be a second whole model beside the one in the store. Train adapters (`peft_config=`): "
                 "the reference is then the base below them. Or set `precompute_ref_log_probs=True` without a "
-                "`ref_model`, if the trainer has that option: every row is then asked for once, before training."
+                "`ref_model`, if the trainer has that option: the reference then sees every row once, before training."
             )
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """See the trainer's own; outside a traversal it is one, because the weights may be anywhere."""
-        ask = super().compute_ref_log_probs  # type: ignore[misc]
+        """See the trainer's own method.
+
+        Outside a traversal this runs one, because the weights may be in any tier.
+        """
+        compute = super().compute_ref_log_probs  # type: ignore[misc]
         if self.ref_model is not None or current_pass() is not None:
-            return ask(model, inputs)
-        return self.engine.run_clean([partial(ask, self.model, self._prepare_inputs(inputs))])[0]
+            return compute(model, inputs)
+        return self.engine.run_clean([partial(compute, self.model, self._prepare_inputs(inputs))])[0]
 
     # -- what is counted
 
     def compute_step_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """See `ObjectiveMixin.compute_step_loss`. TRL's own loss counts tokens; an objective stands in for it."""
+        """See `ObjectiveMixin.compute_step_loss`.
+
+        TRL's own loss counts tokens; where an objective replaces it, this method counts them.
+        """
         if self.objective is not None and hasattr(self, "_total_train_tokens"):
             n_tokens = torch.tensor(count_tokens(inputs), device=self.args.device)
             n_tokens_of_all = self.accelerator.gather_for_metrics(n_tokens).sum().item()  # type: ignore[union-attr]
@@ -65,11 +71,14 @@ class ZOTRLMixin(ZOTrainerMixin):
 
     @contextmanager
     def probes_counted_once(self, n_probes: int) -> Iterator[None]:
-        """TRL adds up the tokens of every call of `compute_loss`, and a step makes one per probe."""
+        """Divide the counts of a step by its probes.
+
+        TRL adds up the tokens of every call of `compute_loss`, and a step makes one call per probe.
+        """
         metrics = {key: list(values) for key, values in self._metrics["train"].items()}
         before = self._n_tokens()
         yield
-        if not n_probes:  # a look at the loss that is no training step
+        if not n_probes:  # an evaluation of the loss outside a training step
             self._metrics["train"].clear()
             self._metrics["train"].update(metrics)
             self._set_n_tokens(before)
@@ -89,7 +98,7 @@ class ZOTRLMixin(ZOTrainerMixin):
     def _measured(self) -> Any:
         known = self._lengths_before
         new = {key: list(values)[known.get(key, 0) :] for key, values in self._metrics["train"].items()}
-        if "num_tokens" in new:  # a total, not one of several values
+        if "num_tokens" in new:  # this is a total, not a list of values
             new["num_tokens"] = []
         return {"metrics": new, "num_tokens": self._n_tokens()}
 

@@ -1,4 +1,4 @@
-"""ZOTrainer: transformers' Trainer, trained with forward passes only."""
+"""This module defines ZOTrainer: transformers' Trainer, trained with forward passes only."""
 
 from transformers import Trainer
 

@@ -1,1 +1,1 @@
-"""Arguments of the trainers, and what becomes of every argument of the upstream configs."""
+"""This package holds the arguments of the trainers, and decides about every argument of the upstream configs."""

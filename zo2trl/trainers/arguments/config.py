@@ -1,6 +1,6 @@
-"""What a user may choose: ZO arguments mixed into transformers' and TRL's own.
+"""This module defines the ZO arguments, and mixes them into transformers' and TRL's configs.
 
-Does not: act on a choice. Everything that cannot work is refused here or in refusals.py, by name.
+Does not: act on a choice. Choices that cannot work are refused here or in refusals.py, by name.
 """
 
 import dataclasses
@@ -40,18 +40,18 @@ class ZOArguments:
         device_memory (`str` or `int`, *optional*, defaults to `"auto"`):
             Ceiling for weights, transfer ring and scratch on the execution device: a size (`"8GB"` is 8e9 bytes,
             `"8GiB"` is 8 x 2^30, an integer is bytes), `"min"` for the least that works, or `"auto"` for 90 % of the
-            free GPU memory (half of the available RAM on a machine without a GPU). Of each process, if there are
-            several.
+            free GPU memory (half of the available RAM on a machine without a GPU). With several processes it is the
+            ceiling of each.
         cpu_memory (`str` or `int`, *optional*, defaults to `"auto"`):
             Host memory for blocks that do not fit the device (pinned when there is a GPU): a size, `"0"`, or `"auto"`
-            for 70 % of the available RAM. What fits neither lives on disk. Sizes are of each process; `"auto"` shares
-            the RAM out among those of a machine.
+            for 70 % of the available RAM. Blocks that fit neither are on disk. A size applies to each process;
+            `"auto"` divides the RAM among the processes of a machine.
         store_dir (`str`, *optional*):
             Folder of the step journal and of the blocks on disk. Defaults to `<output_dir>/store`. Each of several
             processes has its own in it, `rank-0` and so on.
         granularity (`str`, *optional*, defaults to `"auto"`):
-            What is on the device at once: `"block"`, `"leaf"` (single linear layers and norms; needs less memory), or
-            `"auto"` for leaves only where blocks do not fit.
+            What is transferred to the device at a time: `"block"`, `"leaf"` (single linear layers and norms; needs
+            less memory), or `"auto"` for leaves only where blocks do not fit.
         write_back_every (`str` or `int`, *optional*, defaults to `"auto"`):
             Steps between two write-backs of a streamed block. Steps in between are replayed when the block is visited,
             with the same result bit for bit.
@@ -59,20 +59,20 @@ class ZOArguments:
         > Parameters that control what survives
 
         save_full_weights (`bool`, *optional*, defaults to `False`):
-            Whether checkpoints also hold the model's weights. Without them a checkpoint is a few kilobytes that point
-            into the store, from which `resume_from_checkpoint` and `zo2trl export` rebuild the weights.
+            Whether checkpoints also hold the model's weights. Without them a checkpoint is a few kilobytes that refer
+            to the store, from which `resume_from_checkpoint` and `zo2trl export` rebuild the weights.
         sync_every (`int`, *optional*, defaults to `1`):
-            Steps between two moments at which the journal is made to survive a power cut.
+            Steps between two syncs of the journal to the disk, after which its steps survive a power cut.
         max_replay_s (`float`, *optional*, defaults to `600.0`):
-            About how many seconds of replaying steps a resume may cost. Blocks that live in memory are written to disk
-            just often enough for that.
+            About how many seconds of replaying steps a resume may take. Blocks in memory are written to disk just
+            often enough for that.
 
         > Parameters that control the gradient estimate
 
         zo_eps (`float`, *optional*, defaults to `1e-3`):
             Distance of the two probes from the weights.
         num_directions (`int`, *optional*, defaults to `1`):
-            Random directions per step; their estimates are averaged. All of them share one visit of every block.
+            Random directions per step; their estimates are averaged. One traversal of the blocks evaluates all.
         direction (`str`, *optional*, defaults to `"rademacher"`):
             Distribution of the directions: `"rademacher"` (+1 or -1), `"gaussian"`, or `"mezo"` for the noise stream
             of the MeZO reference implementation.
@@ -81,9 +81,9 @@ class ZOArguments:
             when trainable weights are stored in 16 bit, else `"nearest"`.
 
         parallelism (`str`, *optional*, defaults to `"data"`):
-            What several processes share out: `"data"` (each has micro-batches of its own and evaluates all directions
-            on them) or `"directions"` (all have the same micro-batches, and each evaluates `num_directions` divided by
-            the number of processes of them).
+            How several processes divide a step: `"data"` (each has micro-batches of its own and evaluates all
+            directions on them) or `"directions"` (all have the same micro-batches, and each evaluates an
+            equal part of the `num_directions` directions).
 
         > Parameters that control what is optimised
 
@@ -100,11 +100,11 @@ class ZOArguments:
             A projected gradient is as large as the gradient's norm times its angle to a random direction, so learning
             rates are much smaller than with backpropagation.
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            Learning rate schedule.
+            The learning rate schedule.
         max_grad_norm (`float`, *optional*, defaults to `0.0`):
             If positive, the projected gradient is clipped to this absolute value.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            Has no effect: nothing is stored for a backward pass.
+            This has no effect, because nothing is stored for a backward pass.
     """
 
     device_memory: str = field(
@@ -122,7 +122,7 @@ class ZOArguments:
         metadata={"help": "Folder of the step journal and of the blocks on disk. Defaults to <output_dir>/store."},
     )
     granularity: str = field(
-        default="auto", metadata={"help": 'What is on the device at once: "block", "leaf" or "auto".'}
+        default="auto", metadata={"help": 'What is transferred to the device at a time: "block", "leaf" or "auto".'}
     )
     write_back_every: str = field(
         default="auto", metadata={"help": 'Steps between two write-backs of a streamed block, or "auto".'}
@@ -131,13 +131,15 @@ class ZOArguments:
         default=False, metadata={"help": "Whether checkpoints also hold the model's weights."}
     )
     sync_every: int = field(
-        default=1, metadata={"help": "Steps between two moments at which the journal survives a power cut."}
+        default=1, metadata={"help": "Steps between two syncs of the journal to the disk, against power cuts."}
     )
     max_replay_s: float = field(
-        default=600.0, metadata={"help": "About how many seconds of replaying steps a resume may cost."}
+        default=600.0, metadata={"help": "About how many seconds of replaying steps a resume may take."}
     )
     zo_eps: float = field(default=1e-3, metadata={"help": "Distance of the two probes from the weights."})
-    num_directions: int = field(default=1, metadata={"help": "Random directions per step, averaged."})
+    num_directions: int = field(
+        default=1, metadata={"help": "Random directions per step; their estimates are averaged."}
+    )
     direction: str = field(
         default="rademacher", metadata={"help": 'Distribution of the directions: "rademacher", "gaussian" or "mezo".'}
     )
@@ -145,7 +147,7 @@ class ZOArguments:
         default=None, metadata={"help": 'Rounding of updates: "nearest" or "stochastic" (default for 16-bit weights).'}
     )
     parallelism: str = field(
-        default="data", metadata={"help": 'What several processes share out: "data" or "directions".'}
+        default="data", metadata={"help": 'How several processes divide a step: "data" or "directions".'}
     )
     objective: str | None = field(
         default=None,
@@ -166,10 +168,10 @@ class ZOArguments:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_numbers(self)
-        if deepspeed := getattr(self, "deepspeed", None):  # before upstream asks for the package
+        if deepspeed := getattr(self, "deepspeed", None):  # before upstream requires the package
             raise refusal("deepspeed", deepspeed)
         if getattr(self, "bf16", False) is None and not torch.cuda.is_available():
-            self.bf16 = False  # TRL means "where the GPU can"; upstream refuses it on a machine without one
+            self.bf16 = False  # TRL's None means "if the GPU can"; transformers refuses it without a GPU
         if not self.gradient_checkpointing:
             # Upstream takes any value but None for a use of the old name of `activation_checkpointing`.
             self.gradient_checkpointing = None  # type: ignore[assignment]
@@ -178,7 +180,10 @@ class ZOArguments:
 
     @property
     def store_path(self) -> Path:
-        """`store_dir`, or its default beside what `output_dir` is now: scripts that sweep set another one per run."""
+        """Return `store_dir`, or its default beside the current `output_dir`.
+
+        Scripts that sweep set another `output_dir` per run, after the config was made.
+        """
         return Path(self.store_dir) if self.store_dir else Path(self.output_dir or ".") / "store"  # type: ignore[attr-defined]
 
 
@@ -193,10 +198,10 @@ _Config = TypeVar("_Config", bound=ZOArguments)
 
 
 def convert_arguments(args: TrainingArguments, to: type[_Config]) -> _Config:
-    """A plain `TrainingArguments` or `SFTConfig` with ZO defaults added; a ZO config is returned as it is.
+    """Add ZO defaults to a plain `TrainingArguments` or `SFTConfig`; a ZO config is returned as it is.
 
-    A field whose upstream default ZO training overrides takes our default where it holds the upstream one, and a
-    warning says which. Values are copied one by one: `to_dict()` would redact every field that ends in `_token`.
+    A field that holds upstream's default gets our default where the two differ, and a warning names it. Values are
+    copied one by one, because `to_dict()` would redact every field that ends in `_token`.
     """
     if isinstance(args, to):
         return args

@@ -1,6 +1,6 @@
-"""Datasets that cannot be trained on are refused before anything is moved.
+"""This module refuses datasets that cannot be trained on, before any weight is moved.
 
-Does not: consume a stream, or disturb the random state that shuffling depends on.
+Does not: consume a stream, or change the random state that shuffling depends on.
 """
 
 import random
@@ -31,10 +31,10 @@ def check_dataset(dataset: Any, *, name: str) -> None:
 
 
 def check_labels(trainer: Any) -> None:
-    """Collate the first example and look for something to compute a loss from.
+    """Collate the first example and check that a loss can be computed from the batch.
 
     Raises:
-        ConfigError: no label in the batch, and the model cannot return a loss without one.
+        ConfigError: the batch has no label, and the model cannot return a loss without one.
     """
     dataset = trainer.train_dataset
     if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or trainer.can_return_loss:
@@ -58,7 +58,7 @@ def check_labels(trainer: Any) -> None:
 
 @contextmanager
 def global_random_state_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Whatever is drawn inside, Python's, numpy's and torch's global generators go on as if it had not been."""
+    """Restore the global generators of Python, numpy and torch after the block, whatever is drawn inside."""
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         try:

@@ -22,13 +22,13 @@ _NO_OPTIMIZER = WITHOUT_EFFECT["optim"]
 _SWITCHED_OFF = (
     "gradient_checkpointing", "activation_checkpointing", "enable_jit_checkpoint", "use_liger_kernel",
 )  # fmt: skip
-"""What upstream would act on if it stayed true."""
+"""Upstream would act on these if they stayed true."""
 
 _UPSTREAM = ("transformers", "trl")
 
 
 def upstream_fields(config_class: type) -> dict[str, dataclasses.Field[Any]]:
-    """Fields of a config class that transformers or TRL declare, by name, in the order of the class."""
+    """Return the fields of a config class that transformers or TRL declare, by name, in the order of the class."""
     declared = {
         name
         for base in config_class.__mro__
@@ -39,10 +39,10 @@ def upstream_fields(config_class: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Warn about choices without effect, switch off what upstream would act on, and refuse what cannot work.
+    """Warn about choices without effect, switch off those that upstream would act on, and refuse impossible ones.
 
     Raises:
-        UnsupportedError: names the argument, the reason and the way out.
+        UnsupportedError: the message names the argument, the reason and the way out.
     """
     chosen = [name for name, field in upstream_fields(type(args)).items() if _is_chosen(args, field)]
     for name in chosen:
@@ -53,7 +53,7 @@ def check_arguments(args: TrainingArguments) -> None:
             warnings.warn(f"`{name}={value!r}` has no effect in ZO training: {WITHOUT_EFFECT[name]}.", stacklevel=4)
         elif name not in SUPPORTED:
             warnings.warn(
-                f"`{name}={value!r}` is newer than this zo2trl, which has not been tried with it: it is handed on to "
+                f"`{name}={value!r}` is newer than this zo2trl and untested with it: it is passed on to "
                 "the trainer as it is. docs/support.md lists the arguments that are known.",
                 stacklevel=4,
             )
@@ -64,15 +64,15 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def refusal(name: str, value: Any) -> UnsupportedError:
-    """What to raise for an argument in `REFUSED`."""
+    """Return the exception to raise for an argument in `REFUSED`."""
     return UnsupportedError(f"`{name}={value!r}` cannot work with ZO training: {REFUSED[name]}")
 
 
 def check_optimizers(given: dict[str, Any]) -> None:
-    """Refuse an optimizer handed to the trainer; a learning rate scheduler is welcome.
+    """Refuse an optimizer or a scheduler that was passed to the trainer.
 
     Raises:
-        ConfigError: `optimizers=(optimizer, ...)` or `optimizer_cls_and_kwargs=` was given.
+        ConfigError: `optimizers=` or `optimizer_cls_and_kwargs=` was given.
     """
     optimizer, scheduler = given.get("optimizers") or (None, None)
     if optimizer is not None or given.get("optimizer_cls_and_kwargs") is not None:
@@ -89,7 +89,7 @@ def check_optimizers(given: dict[str, Any]) -> None:
 
 
 def _is_chosen(args: TrainingArguments, field: dataclasses.Field[Any]) -> bool:
-    """Whether a value is none that upstream or we would have put there."""
+    """Return whether the user has set a value: neither upstream nor we would have put it there."""
     value = getattr(args, field.name)
     if field.name in REFUSED or field.name in _SWITCHED_OFF:
         # Upstream fills in defaults here: empty tables, and False for what was not set.

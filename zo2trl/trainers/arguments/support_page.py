@@ -1,8 +1,8 @@
-"""docs/support.md as code: what becomes of every argument of the upstream configs, one row per field.
+"""This module renders docs/support.md: the status of every argument of the upstream configs, one row per field.
 
 Run `make docs-pages` after a change of upstream_arguments.py or of versions.
 
-Does not: classify anything (upstream_arguments.py).
+Does not: classify anything (upstream_arguments.py does).
 Invariant: a field is listed once, under the first config that has it.
 """
 
@@ -20,7 +20,7 @@ from zo2trl.trainers.arguments.upstream_arguments import AS_UPSTREAM, REFUSED, S
 __all__ = ["CONFIGS", "classify", "support_page", "versions"]
 
 CONFIGS = (TrainingArguments, SFTConfig, DPOConfig, RewardConfig)
-"""In the order of the page."""
+"""The configs in the order of the page."""
 
 _HEAD = """# What becomes of upstream's arguments
 
@@ -39,15 +39,15 @@ refused, and so is a launch for DeepSpeed or FSDP. zo2trl's own arguments have
 
 
 def versions() -> str:
-    """The upstream versions that the page is about."""
+    """Return the upstream versions that the page describes."""
     return f"transformers {version('transformers')} and TRL {version('trl')}"
 
 
 def classify(name: str) -> tuple[str, str]:
-    """Status and note of a field.
+    """Return the status and the note of a field.
 
     Raises:
-        KeyError: nobody has classified it yet.
+        KeyError: the field is in no table.
     """
     for status, table in (("refused", REFUSED), ("no effect", WITHOUT_EFFECT), ("supported", SUPPORTED)):
         if name in table:
@@ -56,7 +56,7 @@ def classify(name: str) -> tuple[str, str]:
 
 
 def support_page() -> str:
-    """The whole page, as Markdown."""
+    """Render the whole page as Markdown."""
     return _HEAD.format(versions=versions()) + "\n".join(_sections()) + "\n"
 
 

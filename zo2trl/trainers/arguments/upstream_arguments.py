@@ -1,7 +1,6 @@
-"""What becomes of every argument of upstream's configs in ZO training: supported, without effect, or refused.
+"""This module lists every argument of upstream's configs as supported, without effect, or refused in ZO training.
 
 Does not: look at a config (refusals.py), or render the table (support_page.py).
-
 Invariant: a field of an upstream config is in exactly one of the three tables, and
 tests/trainers/arguments/test_refusals.py fails on one that is in none.
 """
@@ -10,11 +9,9 @@ __all__ = ["AS_UPSTREAM", "REFUSED", "SUPPORTED", "WITHOUT_EFFECT"]
 
 _NO_BACKWARD = "there is no backward pass"
 _NO_OPTIMIZER = "a step is stochastic gradient descent on the projected gradient, without optimizer state"
-_NOT_COMPILED = "the weights of a block change places between passes, so the model is run as it is"
+_NOT_COMPILED = "the weights of a block move between passes, so the model is run as it is"
 _NOT_WRAPPED = "models are not wrapped in DDP"
-_NO_LIGER = (
-    "its kernels take the places of forwards that wait for weights; logits are computed a few rows at a time anyway"
-)
+_NO_LIGER = "its kernels replace forwards that wait for weights; logits are computed a few rows at a time anyway"
 _OWN_PARAMETERS = "owns the parameters, and so does the tiered store. Remove it: the store already spreads them."
 
 AS_UPSTREAM = "as upstream"
@@ -71,7 +68,7 @@ SUPPORTED: dict[str, str] = {
     "average_tokens_across_devices": (
         'as upstream; off with `parallelism="directions"`, where all processes have the same tokens'
     ),
-    "ddp_timeout": "seconds that a process waits for the others, in every step, before it stops and says so",
+    "ddp_timeout": "seconds that a process waits for the others, in every step, before it stops with an error",
     "ignore_data_skip": "as upstream, so that a resumed run sees other data than an uninterrupted one",
     "save_only_model": "checkpoints hold the weights, and no state to resume from; the journal still has every step",
     "push_to_hub": "as upstream; the store is left out of what is uploaded",
@@ -83,7 +80,7 @@ SUPPORTED: dict[str, str] = {
     "precompute_ref_log_probs": "as upstream; switched on without adapters, so that no second copy is ever made",
     "trust_remote_code": "as upstream, for folders with code in them too",
 }
-"""Field -> what there is to know about it."""
+"""Field -> how it behaves here."""
 
 WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(

@@ -1,1 +1,1 @@
-"""Objectives that a run may optimise instead of the loss of its trainer."""
+"""This package holds objectives that a run may optimise instead of its trainer's loss."""

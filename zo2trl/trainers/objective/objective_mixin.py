@@ -1,7 +1,7 @@
-"""ObjectiveMixin: a Trainer whose steps optimise an objective instead of its own loss.
+"""This module defines ObjectiveMixin, which makes a Trainer's steps optimise an objective instead of its own loss.
 
-Does not: compute an objective (objectives.py), or change what `compute_loss` and evaluation losses are.
-Invariant: what logs show of an objective comes from the losses of the journal, so that replayed steps show it too.
+Does not: compute an objective (objectives.py), or change `compute_loss` and evaluation losses.
+Invariant: the objective in the logs is computed from the losses in the journal, so replayed steps show it too.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -24,7 +24,7 @@ _Base = Trainer if TYPE_CHECKING else object
 
 
 class ObjectiveMixin(_Base):
-    """The part of `ZOTrainerMixin` that knows about objectives."""
+    """ObjectiveMixin is the part of `ZOTrainerMixin` that handles objectives."""
 
     args: Any
     model: Any
@@ -33,7 +33,7 @@ class ObjectiveMixin(_Base):
     objective: Objective | None = None
     rows_are_pairs = False  # a batch holds all chosen answers, then all rejected ones
     scores_pairs = False  # the model gives each of them one score
-    _columns_of_batches: frozenset[str] = frozenset()  # those that the trainer keeps for its collator
+    _columns_of_batches: frozenset[str] = frozenset()  # columns that the trainer keeps for its collator
     _objective_values: list[tuple[float, int]]
 
     def _set_objective(self, given: Any, config: Any) -> None:
@@ -57,7 +57,7 @@ class ObjectiveMixin(_Base):
             )
 
     def _carry_objective_columns(self) -> None:
-        """Called when the trainer is complete: batches carry what only the objective reads."""
+        """Wrap the collator of a complete trainer, so that batches carry columns that only the objective reads."""
         if self.objective is None:
             return
         of_model = signature(type(base_of(self.model)).forward).parameters
@@ -81,7 +81,7 @@ class ObjectiveMixin(_Base):
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         if self.objective is not None and self.objective.takes_all_columns:
-            return dataset  # the collator takes out what is not for the model
+            return dataset  # the collator removes columns that the model does not accept
         return super()._remove_unused_columns(dataset, description)  # type: ignore[misc]
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
@@ -92,13 +92,16 @@ class ObjectiveMixin(_Base):
     # -- in a pass
 
     def compute_step_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
-        """What a training step's probes compare: the objective if there is one, else the trainer's loss."""
+        """Compute what a step's probes compare: the objective if there is one, else the trainer's loss."""
         if self.objective is not None:
             return self.objective.measure(self, model, inputs, num_items_in_batch)
         return self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[return-value]
 
     def weight_sensitive_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
-        """A step's loss, and where that is an objective, something that other weights would not leave as it is."""
+        """Compute a step's loss, so that it differs when any weight does.
+
+        An objective such as accuracy may be equal for different weights, so the mean logit is added to it.
+        """
         loss = self._loss(model, inputs, num_items_in_batch)
         if self.objective is not None:
             with self.compute_loss_context_manager():
@@ -110,13 +113,13 @@ class ObjectiveMixin(_Base):
 
     @property
     def divides_by_items(self) -> bool | None:
-        """Whether the objective is divided by the items of the whole step; None without an objective."""
+        """Return whether the objective is divided by the items of the whole step; None without an objective."""
         if self.objective is None:
             return None
         return isinstance(self.objective, OutputObjective) and self.objective.is_normalised
 
     def before_predictions(self, batches: Sequence[Any]) -> None:
-        """Called outside a traversal with batches whose `prediction_step` comes next, all in one traversal."""
+        """Prepare batches whose `prediction_step` calls follow in one traversal; runs outside of it."""
 
     def note_objective(self, inputs: Any) -> None:
         """Measure the objective on an evaluation batch. Runs in a pass."""
@@ -131,7 +134,7 @@ class ObjectiveMixin(_Base):
     # -- in logs
 
     def _with_objective(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The means of some steps, and the objective that their losses tell of."""
+        """Add to the means of some steps the objective that follows from their losses."""
         if self.objective is not None and "zo/loss_plus" in metrics:
             loss = fmean([metrics["zo/loss_plus"], metrics["zo/loss_minus"]])
             metrics[f"objective/{self.objective.name}"] = self.objective.value_of(loss)
@@ -155,10 +158,10 @@ class ObjectiveMixin(_Base):
 
 
 class _CarryingColumns:
-    """A data collator that puts columns of its rows beside the batch of the one it wraps.
+    """This data collator adds columns of its rows to the batch that the wrapped collator makes.
 
-    Those in `but` reach the wrapped one, too. With `all_others`, all columns that are not in `but` are carried; the
-    ones nobody named are kept from the wrapped one if `hides_all_others`.
+    The wrapped collator gets those in `but`, too. With `all_others`, all columns that are not in `but` are carried;
+    those that the objective does not name are removed from the wrapped collator's rows if `hides_all_others`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a run may optimise instead of the trainer's loss: any number that a forward pass, or generated text, gives.
+"""This module defines objectives: numbers from a forward pass, or from generated text, that a run can optimise.
 
 Does not: run in a Trainer by itself (objective_mixin.py), or draw random numbers: text is generated greedily, so that
 both probes of a direction differ by their weights alone.
@@ -43,22 +43,22 @@ COLUMNS = "objective_columns"
 _TEXT_OFFERED = (
     "prompts", "completions", "completion_ids", "references", "trainer_state", "log_extra", "log_metric",
 )  # fmt: skip
-_NOT_IN_KWARGS = ("prompt", "completion")  # in GRPO neither: `prompts` and `completions` stand in for them
+_NOT_IN_KWARGS = ("prompt", "completion")  # as in GRPO, where `prompts` and `completions` replace them
 _OUTPUT_OFFERED = ("outputs", "inputs", "labels", "model", "num_items_in_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """
-    Something to optimise. Use [`OutputObjective`] or [`TextObjective`].
+    An objective is a number to optimise. Use [`OutputObjective`] or [`TextObjective`].
 
     Parameters:
         function (`Callable`):
-            Is called with those of its parameters, by name, that the objective offers; other parameters are columns
-            of the dataset, or entries of the batch. Returns one number, or one per row, whose mean counts: floats, or
-            a tensor.
+            It is called with those of its parameters, by name, that the objective offers; other parameters are columns
+            of the dataset, or entries of the batch. It returns one number, or one per row, which are averaged: floats
+            or a tensor.
         name (`str`, *optional*):
-            What logs call it (`objective/<name>`). Defaults to the function's name.
+            Its name in the logs (`objective/<name>`). Defaults to the function's name.
         maximize (`bool`):
             Whether larger values are better.
         best (`float`, *optional*, defaults to `0.0`):
@@ -88,15 +88,15 @@ class Objective:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of the dataset that the function reads."""
+        """Return the columns of the dataset that the function reads."""
         return self.required + self.optional
 
     def value_of(self, loss: float) -> float:
-        """The value that gave a loss."""
+        """Return the value that gave a loss."""
         return self.best - loss if self.maximize else loss
 
     def loss_of(self, value: Any, *, n_rows: int, device: torch.device) -> torch.Tensor:
-        """What the function returned as a loss: a scalar in its own floating dtype, else in float64.
+        """Convert what the function returned into a loss: a scalar in its own floating dtype, else in float64.
 
         Raises:
             ConfigError: it is no number, or not one per row.
@@ -120,10 +120,10 @@ class Objective:
         return self.best - value.mean() if self.maximize else value.mean()
 
     def measure(self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any) -> torch.Tensor:
-        """The loss of one batch. Runs in a pass.
+        """Compute the loss of one batch. Runs in a pass.
 
         Raises:
-            ConfigError: no row of it counts.
+            ConfigError: the function returned None for every row.
         """
         loss, n_rows = self.measured(trainer, model, batch, n_items)
         if not n_rows:
@@ -136,14 +136,14 @@ class Objective:
     def measured(
         self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any
     ) -> tuple[torch.Tensor, int]:
-        """The loss of one batch, and how many of its rows count. Runs in a pass."""
+        """Compute the loss of one batch, and how many of its rows count. Runs in a pass."""
         raise NotImplementedError
 
     def call(self, offered: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        """The function on what is offered and on the columns of a batch.
+        """Call the function with what is offered and with the columns of a batch.
 
         Raises:
-            ConfigError: the batch lacks a column that the function cannot do without.
+            ConfigError: the batch lacks a column that the function requires.
         """
         columns = batch.get(COLUMNS, {})
         known = {**without_columns(batch), **columns, **offered}
@@ -163,15 +163,15 @@ class Objective:
 @dataclass(frozen=True, kw_only=True)
 class OutputObjective(Objective):
     """
-    A function of what one forward pass returns.
+    An OutputObjective is a function of what one forward pass returns.
 
-    It is offered `outputs` (the model's own, with whole fp32 logits), `inputs` (the batch), `labels`
-    (None if the batch has none), `model`, and `num_items_in_batch` (items of all micro-batches of the step, or None).
+    It is offered `outputs` (the model's own, with whole fp32 logits), `inputs` (the batch), `labels` (None if the
+    batch has none), `model`, and `num_items_in_batch` (items of all micro-batches of the step, or None).
     A function that takes `num_items_in_batch` divides by it itself; all other values are averaged over micro-batches.
 
     Parameters:
         maximize (`bool`, *optional*, defaults to `False`):
-            Whether larger values are better. A plain function is taken for a loss.
+            Whether larger values are better. The value of a plain function is a loss.
     """
 
     maximize: bool = False
@@ -179,13 +179,13 @@ class OutputObjective(Objective):
 
     @property
     def is_normalised(self) -> bool:
-        """Whether the function divides by the items of the whole step."""
+        """Return whether the function divides by the items of the whole step."""
         return "num_items_in_batch" in signature(self.function).parameters
 
     def measured(
         self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any
     ) -> tuple[torch.Tensor, int]:
-        """See `Objective.measured`: one forward."""
+        """See `Objective.measured`; this runs one forward."""
         base: Any = base_of(model)
         known = signature(type(base).forward).parameters
         is_pair_of_stacks = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
@@ -203,16 +203,16 @@ class OutputObjective(Objective):
 @dataclass(frozen=True, kw_only=True)
 class TextObjective(Objective):
     """
-    A function of the text that the model generates, such as a reward function.
+    A TextObjective is a function of the text that the model generates, such as a reward function.
 
-    It is offered what reward functions of [`~trl.GRPOTrainer`] are, and called as these are: `prompts` and
+    It gets the arguments of reward functions of [`~trl.GRPOTrainer`]: `prompts` and
     `completions` (strings, or lists of messages), `completion_ids`, `trainer_state`, `log_extra` and `log_metric`
-    (which drop what they are given), and `references`: what the labels of a row say. Its other parameters are columns
-    of the dataset; `**kwargs` gets all of these. Rows for which it returns None are left out of the mean. Reward
+    (which ignore their arguments), and `references`: the decoded labels of a row. Its other parameters are columns of
+    the dataset; `**kwargs` gets all of these. Rows for which it returns None are left out of the mean. Reward
     models and async functions are refused.
 
-    The model goes on from what comes before a row's first label, or from all of it if it has no labels. Generation is
-    greedy, and costs a pass of the weights for every token: on a streamed model, one transfer of the model.
+    The model continues the tokens before a row's first label, or the whole row if it has no labels. Generation is
+    greedy, and costs a traversal for every token: on a streamed model, one transfer of the model.
 
     Parameters:
         max_new_tokens (`int`):
@@ -220,7 +220,7 @@ class TextObjective(Objective):
         stop (`str`, *optional*):
             Text at which a completion ends, besides the end-of-text token. MeZO stops at a newline.
         as_messages (`bool`, *optional*):
-            Whether a completion is handed over as `[{"role": "assistant", "content": text}]`. Defaults to whether the
+            Whether a completion is passed as `[{"role": "assistant", "content": text}]`. Defaults to whether the
             column `prompt` holds messages; False turns these into text too.
         generation_kwargs (`dict`, *optional*):
             More arguments of `generate`, such as `num_beams` or `repetition_penalty`; sampling is refused.
@@ -241,9 +241,9 @@ class TextObjective(Objective):
             raise ConfigError(f"`objective` {self.name!r} is {kind}: call it in a plain function, and pass that.")
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ConfigError(
-                f"`objective` {self.name!r} scores generated text, so it needs to know how much to generate, and "
+                f"`objective` {self.name!r} scores generated text, so it needs a length to generate, and "
                 f"`max_new_tokens` is {self.max_new_tokens!r}. Give at least 1 (`objective_max_new_tokens` in a "
-                "config); every token costs one pass of the weights."
+                "config); every token costs one traversal of the weights."
             )
         if self.generation_kwargs.get("do_sample"):
             raise ConfigError(
@@ -258,13 +258,13 @@ class TextObjective(Objective):
 
     @property
     def takes_all_columns(self) -> bool:  # type: ignore[override]
-        """Whether the function has `**kwargs`."""
+        """Return whether the function has `**kwargs`."""
         return any(p.kind is Parameter.VAR_KEYWORD for p in signature(self.function).parameters.values())
 
     def measured(
         self, trainer: Any, model: nn.Module, batch: Mapping[str, Any], n_items: Any
     ) -> tuple[torch.Tensor, int]:
-        """See `Objective.measured`: a generation."""
+        """See `Objective.measured`; this runs a generation."""
         tokenizer = tokenizer_of(trainer)
         prompts, references = prompts_and_references(model, batch)
         ids, mask = left_padded(prompts, pad_id=pad_id_of(tokenizer))
@@ -302,12 +302,15 @@ class TextObjective(Objective):
 
 
 def find_objective(given: Any, *, max_new_tokens: int | None = None, of_pairs: bool = False) -> Objective | None:
-    """An objective by name, one that was made already, or a plain function on outputs, which is taken for a loss.
+    """Find an objective by name, or make one of a plain function on outputs, whose value is then a loss.
 
-    `of_pairs` says that outputs are scores of chosen answers, then of rejected ones.
+    Args:
+        given: a name, an objective, which is returned as it is, or a function.
+        max_new_tokens: how much an objective chosen by name generates.
+        of_pairs: whether outputs are scores of chosen answers, then of rejected ones.
 
     Raises:
-        ConfigError: no objective has that name, or a length is missing or pointless.
+        ConfigError: no objective has that name, or a length is missing or without effect.
     """
     found: Objective | None
     if given is None or isinstance(given, Objective):
@@ -326,17 +329,17 @@ def find_objective(given: Any, *, max_new_tokens: int | None = None, of_pairs: b
 
 
 def without_columns(inputs: Any) -> Any:
-    """A batch as the model and the trainer's own loss know it."""
+    """Return a batch without the objective's columns, which the model and the trainer's own loss do not accept."""
     if not isinstance(inputs, Mapping) or COLUMNS not in inputs:
         return inputs
     return {name: value for name, value in inputs.items() if name != COLUMNS}
 
 
-# -- by name
+# -- objectives by name
 
 
 def mean_logit(outputs: Any) -> torch.Tensor:
-    """Worth nothing as an objective, but unlike accuracy or F1 it differs when any weight does."""
+    """Compute the mean logit. It is no useful objective, but unlike accuracy or F1 it differs when any weight does."""
     return outputs.logits.double().mean()
 
 
@@ -347,14 +350,14 @@ OBJECTIVES: dict[str, Callable[[int | None], Objective]] = {
     "squad_f1": lambda length: _text_objective(squad_f1, length),
     "exact_match": lambda length: _text_objective(exact_match, length),
 }
-"""Name -> makes the objective, given `objective_max_new_tokens`."""
+"""Name -> a function of `objective_max_new_tokens` that makes the objective."""
 
 PAIR_OBJECTIVES: dict[str, Callable[[int | None], Objective]] = {
     "accuracy": lambda length: _without_generation(
         OutputObjective(function=pair_accuracy, name="accuracy", maximize=True, best=1.0), length
     ),
 }
-"""The same, where rows are pairs of answers and a model gives each a score."""
+"""The same for rows that are pairs of answers, to each of which a model gives a score."""
 
 
 def _text_objective(score: Callable[..., Any], length: int | None) -> Objective:
@@ -371,10 +374,10 @@ def _without_generation(objective: Objective, max_new_tokens: int | None) -> Obj
 
 
 def n_rows_of(trainer: Any, batch: Mapping[str, Any]) -> int:
-    """Rows of the dataset in a batch: the length of its first tensor, or half of it where rows are pairs."""
+    """Count the rows of the dataset in a batch: the length of its first tensor, or half of it where rows are pairs."""
     length = len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
     return length // 2 if trainer.rows_are_pairs else length
 
 
 def _drop(*_: Any) -> None:
-    """What a probe logs is no metric of a step."""
+    """Ignore what a probe logs, because that is no metric of a step."""

@@ -1,7 +1,7 @@
-"""Batches as prompts to generate from, and what was generated as the tokens of each row.
+"""This module converts batches into prompts to generate from, and generated batches into the tokens of each row.
 
-Does not: generate, or know what a completion is worth.
-Invariant: a prompt has no padding and no token that a label tells.
+Does not: generate, or score completions.
+Invariant: a prompt has no padding and no token that a label contains.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ __all__ = [
 
 
 def base_of(model: nn.Module) -> Any:
-    """The transformers model below adapters."""
+    """Return the transformers model below adapters."""
     adapted: Any = model
     return adapted.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -27,10 +27,10 @@ def base_of(model: nn.Module) -> Any:
 def prompts_and_references(
     model: nn.Module, batch: Mapping[str, Any]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    """Token ids of every row's prompt, and of what its labels say, without padding.
+    """Return the token ids of every row's prompt, and those of its labels, without padding.
 
     Raises:
-        ConfigError: a row's first token has a label already, so where its prompt ends is not known.
+        ConfigError: a row's first token has a label already, so the end of its prompt is unknown.
     """
     ids, labels = batch["input_ids"], batch.get("labels")
     mask = batch.get("attention_mask")
@@ -52,12 +52,12 @@ def prompts_and_references(
 
 
 def is_chat(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages."""
+    """Return whether a prompt is a list of messages."""
     return isinstance(prompt, list) and any(isinstance(message, Mapping) and "role" in message for message in prompt)
 
 
 def left_padded(rows: Sequence[torch.Tensor], *, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as one batch to generate from, and its mask."""
+    """Join rows into one left-padded batch to generate from; return it and its mask."""
     length = max(len(row) for row in rows)
     ids = rows[0].new_full((len(rows), length), pad_id)
     mask = torch.zeros_like(ids)
@@ -68,12 +68,12 @@ def left_padded(rows: Sequence[torch.Tensor], *, pad_id: int) -> tuple[torch.Ten
 
 
 def decoded(tokenizer: Any, rows: Sequence[torch.Tensor]) -> list[str]:
-    """What labels say."""
+    """Decode the labels of each row."""
     return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def up_to_the_end(ids: list[int], config: Any) -> list[int]:
-    """One row of what was generated, with the token that ended it."""
+    """Cut one generated row after the token that ended it."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if (end := next((i for i, token in enumerate(ids) if token in ends), None)) is not None:
         return ids[: end + 1]
@@ -83,12 +83,12 @@ def up_to_the_end(ids: list[int], config: Any) -> list[int]:
 
 
 def pad_id_of(tokenizer: Any) -> int:
-    """What fills up short rows."""
+    """Return the token id that pads short rows."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def tokenizer_of(trainer: Any) -> Any:
-    """The tokenizer of a trainer, also of one with a processor.
+    """Return the tokenizer of a trainer, also of one with a processor.
 
     Raises:
         ConfigError: it has none.

@@ -1,6 +1,6 @@
-"""Scores that objectives are made of: accuracy, and SQuAD's F1 and exact match of generated answers.
+"""This module computes scores for objectives: accuracy, and SQuAD's F1 and exact match of generated answers.
 
-Does not: generate, or know what a trainer or a dataset is.
+Does not: generate, or depend on a trainer or a dataset.
 Invariant: a score lies between 0 and 1, and 1 is right.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["accuracy", "exact_match", "normalize_answer", "pair_accuracy", "squa
 
 
 def accuracy(outputs: Any, labels: torch.Tensor | None, model: nn.Module) -> torch.Tensor:
-    """Share of right classes, or of labelled tokens that are the most likely ones given those before them."""
+    """Compute the share of right classes, or of labelled tokens that were predicted as the most likely ones."""
     if labels is None:
         raise ConfigError(
             "`objective` 'accuracy' compares with labels, and the batches have none. Add a `labels` column (or name "
@@ -36,18 +36,18 @@ def accuracy(outputs: Any, labels: torch.Tensor | None, model: nn.Module) -> tor
 
 
 def pair_accuracy(outputs: Any) -> torch.Tensor:
-    """1.0 where a chosen answer scores higher than the rejected one, else 0.0."""
+    """Return 1.0 where a chosen answer scores higher than the rejected one, else 0.0."""
     chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
     return (chosen > rejected).double()
 
 
 def squad_f1(completions: Sequence[str], references: Sequence[str] | None, answers: Any = None) -> list[float]:
-    """Token F1 of each completion with the best of its answers: the `answers` column, else what the labels say."""
+    """Compute the token F1 of each completion with its best answer, from the `answers` column or else the labels."""
     return [max(_f1(text, gold) for gold in golds) for text, golds in _with_answers(completions, references, answers)]
 
 
 def exact_match(completions: Sequence[str], references: Sequence[str] | None, answers: Any = None) -> list[float]:
-    """1.0 where a completion is one of its answers after normalisation, else 0.0."""
+    """Return 1.0 where a completion equals one of its answers after normalisation, else 0.0."""
     return [
         float(any(normalize_answer(text) == normalize_answer(gold) for gold in golds))
         for text, golds in _with_answers(completions, references, answers)
@@ -55,17 +55,17 @@ def exact_match(completions: Sequence[str], references: Sequence[str] | None, an
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and surplus blanks (SQuAD's evaluation script)."""
+    """Convert to lower case without punctuation, articles and surplus blanks (SQuAD's evaluation script)."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def _f1(text: str, gold: str) -> float:
-    said, meant = normalize_answer(text).split(), normalize_answer(gold).split()
-    if gold.lower() in ("no answer", "cannotanswer") or not said or not meant:
-        return float(said == meant)
-    n_same = sum((Counter(said) & Counter(meant)).values())
-    return 2 * n_same / (len(said) + len(meant))
+    found, wanted = normalize_answer(text).split(), normalize_answer(gold).split()
+    if gold.lower() in ("no answer", "cannotanswer") or not found or not wanted:
+        return float(found == wanted)
+    n_same = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * n_same / (len(found) + len(wanted))
 
 
 def _with_answers(
