@@ -1,4 +1,4 @@
-"""What people do with a trained model while its trainer is still there."""
+"""A trained model can be used, saved and changed while its trainer still exists."""
 
 import copy
 import gc

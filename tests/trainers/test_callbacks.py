@@ -1,4 +1,4 @@
-"""Callbacks of TRL that look at parameters see the weights of the step that was made."""
+"""Callbacks of TRL that read parameters see the weights of the last step."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tests.support.runs import STREAMED_FROM_CPU, closing, prompts, sft_trainer,
 
 
 class Watching(BEMACallback):
-    """Notes what the parameters show when an average would be taken."""
+    """This callback records the parameters when an average would be computed."""
 
     def __init__(self) -> None:
         super().__init__(update_freq=1)

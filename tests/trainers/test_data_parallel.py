@@ -1,6 +1,6 @@
-"""Several processes train one model: the same bits in each, the losses of one process, and nothing lost if one dies.
+"""Several processes train one model: all have the same bits, the losses of one process, and lose nothing if one dies.
 
-Does not: need a launcher, but for the tests that are about one (`torchrun`): the others' processes are forked.
+Does not: need a launcher, except for the tests of one (`torchrun`): the other tests fork their processes.
 """
 
 import json
@@ -34,13 +34,13 @@ MAX_END_S = 30.0
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Children are forked; and sums of one thread are those of one thread."""
+    """Children are forked, and sums depend on the number of threads."""
     with single_threaded():
         yield
 
 
 def training(folder: Path, *, on_start: Callable[[int, Any], None] | None = None, **options: Any) -> RankWork:
-    """Work of a process: begin or resume, train to the end, report what came out."""
+    """Begin or resume a training in one process, train to the end, and report the result."""
 
     def work(rank: int, report: Report) -> None:
         trainer = trainer_of(folder, **options)
@@ -67,7 +67,7 @@ def in_processes(n_ranks: int, folder: Path, **options: Any) -> list[dict[str, A
 
 
 def alike(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The one outcome of all processes."""
+    """Check that all processes have the same outcome, and return it."""
     assert len({found["weights"] for found in outcomes}) == 1, "weights differ between processes"
     assert all(found["losses"] == outcomes[0]["losses"] for found in outcomes)
     return outcomes[0]
@@ -259,7 +259,7 @@ def test_every_kind_of_training_resumes_bit_for_bit_in_two_processes(tmp_path: P
 
 
 def flip_a_bit(unit_name: str, after_step: int) -> Callable[[int, Any], None]:
-    """In the memory of rank 1's store, below everything that would notice a change through the model."""
+    """Flip a bit in the memory of rank 1's store, where no version counter of the model records it."""
 
     class Flip(TrainerCallback):
         def __init__(self, trainer: Any) -> None:
@@ -269,7 +269,7 @@ def flip_a_bit(unit_name: str, after_step: int) -> Callable[[int, Any], None]:
             if state.global_step == after_step:
                 store = self.trainer.engine.store
                 unit = next(unit for unit in store.layout.units if unit_name in unit.name)
-                weights = store.view(unit)[0].numpy()  # numpy leaves no trace in torch's version counter
+                weights = store.view(unit)[0].numpy()  # a write through numpy does not change torch's version counter
                 weights[2] ^= 1
 
     return lambda rank, trainer: trainer.add_callback(Flip(trainer)) if rank == 1 else None

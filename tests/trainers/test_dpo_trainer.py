@@ -1,4 +1,4 @@
-"""ZODPOTrainer is TRL's DPOTrainer: its losses, metrics and adapters, and never a second copy of the model."""
+"""ZODPOTrainer has the losses, metrics and adapters of TRL's DPOTrainer, and never a second copy of the model."""
 
 import logging
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_without_adapters_the_reference_is_the_model_before_training_and_no_copy
     extra = {"eval_dataset": {"near": pairs(4), "far": pairs(4, start=20)}}
     with caplog.at_level(logging.WARNING), closing(dpo_trainer(tmp_path, extra=extra, learning_rate=1e-2)) as trainer:
         assert trainer.ref_model is None
-        assert trainer.evaluate()["eval_near_loss"] == pytest.approx(0.693147, abs=1e-6)  # log 2: nothing has moved
+        assert trainer.evaluate()["eval_near_loss"] == pytest.approx(0.693147, abs=1e-6)  # log 2: no step yet
         before = list(trainer.train_dataset["ref_chosen_logps"])
         trainer.train()
         after = trainer.evaluate()
@@ -127,7 +127,7 @@ def test_with_adapters_the_reference_is_the_base_in_every_probe(tmp_path: Path) 
 def test_a_loss_that_switches_adapters_off_in_the_middle_of_a_traversal_does_not_switch_them_off_for_others(
     tmp_path: Path,
 ) -> None:
-    # TRL's own reference, asked inside every pass: probes of different micro-batches are at different places then.
+    # TRL's own reference, evaluated inside every pass, so passes are at different layers meanwhile.
     with closing(dpo_trainer(tmp_path, extra={"peft_config": lora()}, **STREAMED_FROM_DISK)) as trainer:
         trainer.model.eval()
         batches = [trainer.data_collator([trainer.train_dataset[i]]) for i in range(3)]

@@ -1,4 +1,4 @@
-"""Bad input: one clear error with fact and cure before anything is moved; and losses that are no numbers."""
+"""Bad input gives one clear error with fact and cure before anything is moved; losses may be no numbers."""
 
 import os
 import re
@@ -233,7 +233,7 @@ def test_a_folder_that_is_no_model_is_refused_by_name(make_one: Any, tmp_path: P
 
 
 class Poisoned:
-    """A loss function that returns NaN (or infinity) in the given steps, counted by its own calls of two a step."""
+    """This loss function returns NaN (or infinity) in the given steps, counted by its own calls of two a step."""
 
     def __init__(self, steps: set[int], value: float = float("nan")) -> None:
         self.steps, self.value, self.n_calls = steps, value, 0

@@ -1,4 +1,4 @@
-"""Evaluation, predictions, generation and saved weights see every finished step, and leave training alone."""
+"""Evaluation, predictions, generation and saved weights see every finished step, and do not change training."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tests.support.runs import (
 )
 from zo2trl.checkpoints.export import export_store
 
-# Write-backs are put off for ever, so whatever is up to date is so because somebody asked for it.
+# Write-backs never happen by themselves, so current weights on disk come from an explicit flush.
 LAZY = {"write_back_every": 1000, "learning_rate": 0.02}
 PLACES = pytest.mark.parametrize(
     "place",
@@ -36,7 +36,7 @@ PLACES = pytest.mark.parametrize(
 
 
 def after_each_step(n_steps: int, name: str = "opt") -> list[dict[str, torch.Tensor]]:
-    """Weights of the plain algorithm after 1, 2, ... steps on one and the same batch."""
+    """Compute the weights of the plain algorithm after 1, 2, ... steps on one and the same batch."""
     model, batch = tiny_model(name), tiny_batch(name)
     algorithm, weights = PlainZO(model), []
     for step in range(n_steps):
@@ -59,7 +59,7 @@ def one_batch(name: str = "opt") -> dict[str, Any]:
 
 
 class TrainOnOne:
-    """Every training batch is the same; evaluation batches (marked by a row's identity) pass through."""
+    """This trainer uses one batch in every step; evaluation batches (marked by a row's identity) are unchanged."""
 
     def __init__(self, name: str) -> None:
         self._rows = {row["input_ids"].sum().item() for row in tiny_rows(name, 2)}
@@ -265,7 +265,7 @@ def test_several_batches_share_one_visit_of_the_blocks_on_disk(tmp_path: Path) -
     rows, read = tiny_rows("opt", 16, seed=1), []
     with closing(zo_trainer(tmp_path, tiny_model("opt"), tiny_rows("opt", 4), **STREAMED_FROM_DISK)) as trainer:
         for n_rows in (2, 16):
-            trainer.evaluate(rows[:2])  # what is fetched ahead for the next traversal belongs to this one
+            trainer.evaluate(rows[:2])  # prefetches for the next traversal are counted with this one
             before = trainer.engine.store.traffic["disk_read"]
             trainer.evaluate(rows[:n_rows])
             read.append(trainer.engine.store.traffic["disk_read"] - before)

@@ -1,6 +1,6 @@
-"""What reaches the Hub is the model: not the store that lies beside it, and no checkpoint before it is one.
+"""The Hub gets the model, not the store that lies beside it, and no checkpoint before it is complete.
 
-The Hub is replaced at its lowest layer: what `HfApi` would send is looked at instead.
+The Hub is replaced at its lowest layer: the tests check what `HfApi` would send.
 """
 
 import fnmatch
@@ -24,7 +24,7 @@ MODEL = {"config.json", "generation_config.json", "model.safetensors"}
 
 
 class Hub:
-    """Stands in for the Hub: what was created, and the files of each upload."""
+    """This class replaces the Hub: it records what was created, and the files of each upload."""
 
     def __init__(self) -> None:
         self.created: list[dict[str, Any]] = []
@@ -46,7 +46,7 @@ class Hub:
         return future if run_as_future else "the commit"
 
     def files(self, **wanted: Any) -> set[str]:
-        """What the uploads with these arguments left in the repository."""
+        """Return the files that the uploads with these arguments left in the repository."""
         chosen = [one for one in self.uploads if all(one.get(name) == value for name, value in wanted.items())]
         return set().union(*(one["files"] for one in chosen))
 
@@ -92,7 +92,7 @@ def test_saving_pushes_the_model_and_finished_checkpoints_as_the_strategy_says(
     steps = {"checkpoint-2", "checkpoint-4"}
     assert places == {"every_save": set(), "checkpoint": {"last-checkpoint"}, "all_checkpoints": steps}[strategy]
     for upload in hub.uploads:
-        if upload.get("path_in_repo"):  # it had its marker when it went, so it can be resumed from
+        if upload.get("path_in_repo"):  # it had its marker when it was uploaded, so a run can resume from it
             assert MARKER_NAME in upload["files"]
             assert read_checkpoint(upload["root"]).step in (2, 4)
 
@@ -125,7 +125,7 @@ def test_a_push_that_is_still_going_on_is_waited_for_only_if_asked_to(always: bo
     options = {**PUSHING, "hub_always_push": always, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     hub.is_busy = True
     with closing(zo_trainer(tmp_path / "run", small_model(), tiny_rows("opt", 8), **options)) as trainer:
-        trainer._finish_current_push = lambda: None  # it would wait for ever: nothing is really sent
+        trainer._finish_current_push = lambda: None  # it would never return, because nothing is sent
         trainer.train()
     assert len({one["commit_message"] for one in hub.uploads}) == (3 if always else 1)
 

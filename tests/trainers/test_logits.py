@@ -1,4 +1,4 @@
-"""Whole logits are made for those who look at them, and for nobody else; losses are what they always were."""
+"""Whole logits are computed only for code that reads them; losses do not change."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,7 +39,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def whole_logits(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Called, it makes trainers compute losses from whole logits, as any other trainer does."""
+    """Return a function that makes trainers compute losses from whole logits, as upstream's trainers do."""
 
     def switch() -> None:
         for module in (mixin, evaluation):
@@ -49,7 +49,7 @@ def whole_logits(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def trained(folder: Path, name: str, *, extra: dict | None = None, **options: Any) -> tuple[list[dict], int]:
-    """(logs of the steps, most rows of logits at once)."""
+    """Return (logs of the steps, most rows of logits at once)."""
     held_out = {"eval_dataset": tiny_rows(name, 4, seed=1)} | (extra or {})
     with closing(zo_trainer(folder, tiny_model(name), tiny_rows(name, 8), extra=held_out, **options)) as trainer:
         with LogitRows(trainer.model) as seen:
@@ -100,7 +100,7 @@ def test_predictions_are_real_logits(tmp_path: Path) -> None:
 
 
 class Keeper(ZOTrainer):
-    """Keeps what the model returned, and gives it to whoever asks after the step."""
+    """This trainer keeps what the model returned, for use after the step."""
 
     kept: Any = None
 

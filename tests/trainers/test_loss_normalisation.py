@@ -1,4 +1,4 @@
-"""Gradient accumulation: 4 micro-batches of 2 are one batch of 8, whatever a model's loss does with item counts."""
+"""With gradient accumulation 4 micro-batches of 2 are one batch of 8, however a model's loss uses item counts."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ Row = dict[str, torch.Tensor]
 
 
 def uneven_rows(name: str) -> list[Row]:
-    """Rows with 11, 9, 7, ... labelled tokens: a mean of means is not the mean."""
+    """Make rows with 11, 9, 7, ... labelled tokens: the mean of their means is not their mean."""
     rows = tiny_rows(name, 8)
     for i, row in enumerate(rows):
         row["labels"] = row["input_ids"].clone()
@@ -61,7 +61,7 @@ def test_the_loss_is_not_multiplied_by_the_number_of_micro_batches(name: str, tm
 @pytest.mark.parametrize("name", ["opt", "roberta-mlm", "t5"])
 def test_label_smoothing_is_not_multiplied_by_the_number_of_micro_batches(name: str, tmp_path: Path) -> None:
     rows = tiny_rows(name, 8)
-    for row in rows if name == "t5" else []:  # the Trainer takes labels away, and T5 would make its inputs of them
+    for row in rows if name == "t5" else []:  # the Trainer removes labels, from which T5 would make its inputs
         row["decoder_input_ids"] = torch.cat([torch.tensor([1]), row["labels"][:-1]])
     whole = first_step(tmp_path / "whole", name, rows, accumulated=False, label_smoothing_factor=0.1)
     parts = first_step(tmp_path / "parts", name, rows, accumulated=True, label_smoothing_factor=0.1)
@@ -83,7 +83,7 @@ def test_a_loss_function_of_the_user_gets_the_number_of_items_in_the_whole_step(
     whole = first_step(tmp_path / "whole", "opt", rows, accumulated=False, extra=extra)
     parts = first_step(tmp_path / "parts", "opt", rows, accumulated=True, extra=extra)
     agree(parts, whole)
-    assert seen == {min(seen), 2 * min(seen)}  # twice as many once, to ask what it does with them
+    assert seen == {min(seen), 2 * min(seen)}  # twice as many once, to find how it uses them
 
 
 def test_a_first_micro_batch_without_labels_does_not_mislead_the_rest_of_the_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the logs say: every promised key, means since the last log, tokens counted once, training filed as training."""
+"""Logs have every promised key, with means since the last log, and count each token once."""
 
 from pathlib import Path
 

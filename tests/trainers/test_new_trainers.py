@@ -1,4 +1,4 @@
-"""The three-line recipe of docs/new_trainers.md, executed: any TRL trainer whose loss is a forward pass."""
+"""The three-line recipe of docs/new_trainers.md works for any TRL trainer whose loss is a forward pass."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "new_trainers.md"
 
 @pytest.fixture(scope="module")
 def recipe() -> dict[str, Any]:
-    """What the page's block defines."""
+    """Run the page's block and return what it defines."""
     defined: dict[str, Any] = {"__name__": "recipe"}
     exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)[0], defined)
     return defined

@@ -1,4 +1,4 @@
-"""Every kind of adapter trains like any model does, comes out as a standard PEFT folder, and leaves the base alone."""
+"""Every kind of adapter trains as any model does, is saved as a standard PEFT folder, and does not change the base."""
 
 import hashlib
 from pathlib import Path
@@ -36,25 +36,25 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def by_config(folder: Path, base: str, kind: str, **options: Any) -> Any:
-    """A checkpoint's path and a `peft_config`."""
+    """Return a checkpoint's path and a `peft_config`."""
     callbacks = options.pop("callbacks", [])
     extra = {"peft_config": ADAPTERS[kind](), "callbacks": callbacks}
     return sft_trainer(folder, base, extra=extra, **{**OPTIONS, **options})
 
 
 def sft_ready(folder: Path, base: str, kind: str, **options: Any) -> Any:
-    """A PeftModel made by the user, round a model that is mapped from its checkpoint."""
+    """Make a PeftModel, as a user would, around a model that is mapped from its checkpoint."""
     return sft_trainer(folder, adapted(AutoModelForCausalLM.from_pretrained(base), kind), **{**OPTIONS, **options})
 
 
 def zo_ready(folder: Path, base: str, kind: str, **options: Any) -> Any:
-    """The same for a ZOTrainer."""
+    """Make the same for a ZOTrainer."""
     model = adapted(AutoModelForCausalLM.from_pretrained(base), kind)
     return zo_trainer(folder, model, tiny_rows("llama", 6), **{**OPTIONS, **options})
 
 
 def train_and_check(trainer: Any, base: str, folder: Path, *, kind: str) -> dict[str, torch.Tensor]:
-    """Train, save and reload; returns the weights of the end."""
+    """Train, save and reload; return the final weights."""
     hashes_before = hashes(base)
     before, trainable = weights_of(trainer.model), trainable_names(trainer.model)
     trainer.engine.flush()

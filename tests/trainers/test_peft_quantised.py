@@ -1,4 +1,4 @@
-"""Adapters on bases that transformers has quantised: they train in fp32, resume, and the base stays where it is."""
+"""Adapters on bases that transformers has quantised train in fp32 and resume, and the base is not moved."""
 
 import logging
 from collections.abc import Callable
@@ -41,7 +41,7 @@ EVERY_KIND = pytest.mark.parametrize(
 
 @pytest.fixture
 def base(tmp_path: Path) -> str:
-    """A bf16 checkpoint with rows that are a whole number of bitsandbytes' blocks long."""
+    """Make a bf16 checkpoint with rows that are a whole number of bitsandbytes' blocks long."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""ZORewardTrainer is TRL's RewardTrainer: margins, centring, a head that is drawn and trained, its metrics."""
+"""ZORewardTrainer has the margins, the centring, the drawn head and the metrics of TRL's RewardTrainer."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What TRL's SFTTrainer can do, ZOSFTTrainer does: a script with only the two class names changed, row by row.
+"""ZOSFTTrainer has every feature of TRL's SFTTrainer: scripts change only the two class names.
 
 Each row trains twice on the CPU: with TRL's own classes at learning rate 0, and with ours. The first step of both is
 on the same weights and the same batches, so the losses and TRL's metrics must be the same.
@@ -34,13 +34,13 @@ from tests.support.trainings import small_model
 from zo2trl import ZOSFTConfig, ZOSFTTrainer
 from zo2trl.cli import main as run_command
 
-ZO_EPS = 1e-5  # near enough for the mean of both probes' losses to be the loss
+ZO_EPS = 1e-5  # small enough for the mean of both probes' losses to be the loss
 N_STEPS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Script:
-    """What a user's script says besides the names of the two classes."""
+    """This is what a user's script contains besides the names of the two classes."""
 
     rows: Callable[[], Any] = prompts
     options: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Script:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def trainer(self, folder: Path, *, trainer_class: Any, config_class: Any, **options: Any) -> Any:
-        """The trainer of the script; the last block and one norm are frozen."""
+        """Make the trainer of the script; the last block and one norm are frozen."""
         model = self.model()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("layers.1" not in name and name != "model.norm.weight")
@@ -89,7 +89,7 @@ SCRIPTS: dict[str, Script] = {
         lambda: prompts().rename_columns({"prompt": "asked", "completion": "answer"}),
         extra={"formatting_func": lambda row: f"{row['asked']} w1 {row['answer']}"},
     ),
-    # -- what is learned from
+    # -- which tokens are learned
     "all tokens of a completion dataset": Script(options={"completion_only_loss": False}),
     "assistant tokens, by tags of the template": chatting(options={"assistant_only_loss": True}),
     "assistant tokens, by TRL's training template": Script(
@@ -123,7 +123,7 @@ SCRIPTS: dict[str, Script] = {
 
 
 def as_trl(script: Script, folder: Path) -> Any:
-    """Logs of TRL's own trainer, which sees each batch at the weights it began with."""
+    """Return the logs of TRL's own trainer, which computes each batch at the initial weights."""
     options = {"learning_rate": 0.0, "gradient_checkpointing": False}
     trainer = script.trainer(folder, trainer_class=SFTTrainer, config_class=SFTConfig, **options)
     trainer.train()
@@ -274,7 +274,7 @@ def test_evaluating_between_steps_files_metrics_under_their_own_mode(tmp_path: P
     assert n_tokens[:N_STEPS] == [log["num_tokens"] for log in counted if "num_tokens" in log][:N_STEPS]
 
 
-# -- losses of the user's, and what is written
+# -- the user's losses, and written files
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

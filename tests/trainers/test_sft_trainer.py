@@ -1,4 +1,4 @@
-"""ZOSFTTrainer is TRL's SFTTrainer: datasets, packing, completion-only loss, adapters, string models, model card."""
+"""ZOSFTTrainer handles data sets, packing, completion-only loss, adapters and string models as TRL's does."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ TEXTS = Dataset.from_list([{"text": f"the film was w{i} w{i + 1} verdict : good"
 
 
 def saved_model(folder: Path, name: str = "opt", *, dtype: torch.dtype = torch.float32) -> str:
-    """A checkpoint folder with its tokenizer, as on the hub."""
+    """Make a checkpoint folder with its tokenizer, as on the Hub."""
     tiny_model(name, dtype=dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)

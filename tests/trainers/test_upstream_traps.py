@@ -1,6 +1,6 @@
-"""What goes wrong, mostly in silence, when a forward-only trainer is put on top of transformers, TRL and accelerate.
+"""A forward-only trainer on top of transformers, TRL and accelerate avoids their traps, most of which are silent.
 
-Each test is one such trap. Others are where their room is tested: autocast's cache of weights
+Each test is one such trap. Others are tested with their module: autocast's cache of weights
 (test_sft_trainer.py), tokens counted per probe (test_metrics.py), optimizers that never see a gradient
 (test_refusals.py), uploads of the store (test_hub_upload.py), adapters of quantised bases (test_peft_quantised.py).
 """
@@ -35,7 +35,7 @@ from zo2trl import ZOConfig, ZOSFTConfig, ZOSFTTrainer, ZOTrainer
 
 
 def classifier() -> nn.Module:
-    """A decoder with a classification head, as MeZO's SST-2 recipes have it."""
+    """Make a decoder with a classification head, as in MeZO's SST-2 recipes."""
     sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     words = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "word_embed_proj_dim": 16}
     config = OPTConfig(**sizes, **SPECIAL, **words, num_labels=N_CLASSES)
@@ -51,7 +51,7 @@ def classifier() -> nn.Module:
 def test_a_classification_loss_is_not_multiplied_by_the_accumulation_steps(
     make: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
-    # Upstream takes every model that accepts keyword arguments to divide by `num_items_in_batch` itself.
+    # Upstream assumes that every model that accepts keyword arguments divides by `num_items_in_batch`.
     losses, grads = {}, {}
     for n_steps in (1, 2, 4):
         options = {"per_device_train_batch_size": 8 // n_steps, "gradient_accumulation_steps": n_steps, "max_steps": 1}
@@ -92,7 +92,7 @@ def test_probes_run_in_eval_mode_and_their_metrics_are_those_of_training(tmp_pat
     trainer = Looking(tiny_model("opt"), config, train_dataset=prompts(), processing_class=tiny_tokenizer())
     with closing(trainer):
         trainer.train()
-    assert set(seen) == {(True, False)}  # the root says what the metrics are of; dropout is off
+    assert set(seen) == {(True, False)}  # the root's mode names the metrics; dropout is off
     assert all({"entropy", "mean_token_accuracy"} <= set(log) for log in step_logs(trainer))
     assert not any(name.startswith("eval") for log in trainer.state.log_history for name in log)
 
@@ -112,7 +112,7 @@ def test_tokens_are_counted_as_trl_counts_them_whatever_the_number_of_probes(tmp
 
 
 def test_a_plain_configs_tokens_are_not_redacted_on_the_way(tmp_path: Path) -> None:
-    # `SFTConfig.to_dict()` says "<EOS_TOKEN>" for every field that ends in `_token`.
+    # `SFTConfig.to_dict()` writes "<EOS_TOKEN>" for every field that ends in `_token`.
     config = SFTConfig(**{**QUIET, "output_dir": str(tmp_path), "eos_token": "w3", "hub_token": "secret"})
     trainer = ZOSFTTrainer(small_model(), config, train_dataset=prompts(), processing_class=tiny_tokenizer())
     with closing(trainer):
@@ -129,7 +129,7 @@ def test_a_model_given_as_a_path_is_neither_widened_nor_placed(tmp_path: Path) -
 
 
 def test_a_plain_configs_gradient_checkpointing_does_not_make_adapters_hook_the_embeddings(tmp_path: Path) -> None:
-    # TRL turns it on by default, and then asks PEFT for gradients of the inputs.
+    # TRL turns it on by default, and then requests gradients of the inputs from PEFT.
     config = SFTConfig(**{**QUIET, "output_dir": str(tmp_path), "max_length": 32})
     assert config.gradient_checkpointing
     named = {"train_dataset": prompts(), "processing_class": tiny_tokenizer(), "peft_config": LoraConfig(r=2)}
@@ -162,7 +162,7 @@ def test_the_model_is_neither_wrapped_nor_moved_nor_compiled_by_accelerate(tmp_p
 
 
 def test_a_model_made_by_model_init_is_the_one_that_trains(tmp_path: Path) -> None:
-    # `train()` makes the model again: what was adopted before is not what is trained.
+    # `train()` makes the model again, so the store of the earlier one is not the trained one.
     config = ZOConfig(**QUIET, output_dir=str(tmp_path), **STREAMED_FROM_DISK)
     named = {"data_collator": default_data_collator, "train_dataset": tiny_rows("opt", 8)}
     trainer = ZOTrainer(args=config, model_init=lambda: small_model(), **named)

@@ -1,4 +1,4 @@
-"""ZOTrainer does what a Trainer does: schedules, decay, clipping, callbacks, several runs; by forward passes only."""
+"""ZOTrainer handles schedules, decay, clipping, callbacks and several runs as a Trainer does, without gradients."""
 
 import gc
 import inspect
@@ -31,7 +31,7 @@ PLACES = pytest.mark.parametrize("place", [EVERYTHING_ON_DEVICE, STREAMED_FROM_D
 
 
 def one_batch(name: str = "opt") -> dict[str, Any]:
-    """Rows, collator and model inputs of a run whose every batch is the same."""
+    """Make rows, collator and model inputs of a run whose every batch is the same."""
     return {"rows": tiny_rows(name, 2), "extra": {"data_collator": lambda _: tiny_batch(name)}}
 
 
@@ -110,7 +110,7 @@ def test_several_directions_are_averaged(place: dict, tmp_path: Path) -> None:
 
 
 class Witness(TrainerCallback):
-    """Notes the events it sees, and global random states before and after each step."""
+    """This callback records events, and global random states before and after each step."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -219,7 +219,7 @@ def test_how_batches_arrive_changes_nothing(options: dict, tmp_path: Path) -> No
 
 
 class Parabola(torch.nn.Module):
-    """loss = |w - target|^2 / 2 on any module, no transformer: the slope along z is z . (w - target) at any eps."""
+    """This loss is |w - target|^2 / 2 on any module, so the slope along z is z . (w - target) at any eps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ def test_training_twice_goes_on_with_new_directions(place: dict, tmp_path: Path)
 @PLACES
 def test_a_notebook_cell_can_be_run_again(place: dict, tmp_path: Path) -> None:
     losses, trainer = [], None
-    for _ in range(3):  # nobody closes anything; the old trainer is alive while the new one is made
+    for _ in range(3):  # no trainer is closed; the old one exists while the new one is made
         trainer = zo_trainer(tmp_path, tiny_model("opt"), tiny_rows("opt", 6), **place)
         trainer.train()
         losses.append([log["zo/loss_plus"] for log in step_logs(trainer)])
@@ -338,7 +338,7 @@ def test_tied_weights_stay_one_parameter(name: str, tmp_path: Path) -> None:
 def test_on_a_cpu_every_pass_gives_back_the_pages_that_it_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a run grows with holes that nobody holds: by 480 MB in twenty steps of a 170 M-parameter model."""
+    """Else freed memory stays in the process: 480 MB in twenty steps of a 170 M-parameter model."""
     given_back: list[int] = []
     monkeypatch.setattr(stepping, "return_free_pages", lambda: given_back.append(trainer.state.global_step))
     with closing(zo_trainer(tmp_path, tiny_model("opt"), **one_batch(), max_steps=2, num_directions=2)) as trainer:

@@ -1,4 +1,4 @@
-"""Arguments: names and defaults users rely on, plain upstream configs, the command line."""
+"""Arguments have the promised names and defaults, accept plain upstream configs, and work on the command line."""
 
 import dataclasses
 import warnings
@@ -82,7 +82,7 @@ def test_a_flag_without_a_value_means_what_it_means_upstream(ours: Any, upstream
         try:
             (theirs,) = HfArgumentParser(upstream).parse_args_into_dataclasses(words)
         except (ValueError, ImportError):
-            continue  # it wants more beside it
+            continue  # it requires another argument
         (given,) = HfArgumentParser(ours).parse_args_into_dataclasses(words)
         assert getattr(given, flag) in (True, getattr(theirs, flag)), flag
 
@@ -157,7 +157,7 @@ def test_a_plain_training_arguments_gets_our_defaults_and_keeps_its_choices(tmp_
         2, 0.5, 0.0, tmp_path / "store",
     )  # fmt: skip
     assert rates == {1e-6}
-    assert plain.learning_rate == 5e-5  # the user's object is the user's
+    assert plain.learning_rate == 5e-5  # the user's object is not changed
 
 
 def test_what_the_user_changed_in_a_plain_config_is_kept(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every argument of upstream's configs is supported, warned about, or refused, by name; never silently ignored."""
+"""Every argument of upstream's configs is supported, warned about, or refused, by name; none is silently ignored."""
 
 import dataclasses
 import signal
@@ -34,7 +34,7 @@ def untouched(folder: Path) -> bool:
 
 
 def config_with(name: str, value: Any, folder: Path) -> Any:
-    """A config of ours with a field as a user would leave it, whatever upstream would say of it on this machine."""
+    """Make a config of ours with one field set by the user, whatever upstream would do with it on this machine."""
     config = OURS[FIRST_WITH[name]](output_dir=str(folder), use_cpu=True, bf16=False)
     setattr(config, name, value)
     return config
@@ -59,7 +59,7 @@ def test_an_argument_that_is_newer_than_this_package_is_handed_on_with_a_warning
     mine = dataclasses.make_dataclass("Mine", [("own_thing", int, 0)], bases=(future,))
     config = mine(output_dir=str(tmp_path), use_cpu=True, own_thing=3)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # neither a default nor a field of the user's own is anything to talk about
+        warnings.simplefilter("error")  # no warning: a default, and a field of the user's own
         check_arguments(config)
     config.new_thing = 7
     with pytest.warns(UserWarning, match="`new_thing=7` is newer than this zo2trl"):
@@ -117,7 +117,7 @@ NEEDS = {"dataloader_prefetch_factor": {"dataloader_num_workers": 1}}
 
 
 def test_there_is_a_value_to_try_for_every_supported_argument() -> None:
-    assert set(SUPPORTED) - set(CHOSEN) == {"ddp_backend"}  # means nothing without a launcher
+    assert set(SUPPORTED) - set(CHOSEN) == {"ddp_backend"}  # it has no meaning without a launcher
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

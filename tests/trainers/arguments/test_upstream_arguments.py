@@ -1,7 +1,7 @@
 """Arguments that docs/support.md calls supported do what they do in transformers' own Trainer.
 
 Each row trains twice: with the plain Trainer and with ZOTrainer, both at learning rate 0. Batches, losses,
-evaluations, what is logged when, and which checkpoints are there must be the same.
+evaluations, the steps of log entries, and the checkpoints that exist must be the same.
 """
 
 import functools
@@ -26,7 +26,7 @@ N_ROWS = 11
 
 
 def rows() -> Dataset:
-    """Rows of different lengths, with a length column and one that no model knows."""
+    """Make rows of different lengths, with a length column and one that no model accepts."""
     found = []
     for i, row in enumerate(tiny_rows("opt", N_ROWS)):
         n = 6 + i % 4
@@ -36,13 +36,13 @@ def rows() -> Dataset:
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pads; a column that is no number is for nobody."""
+    """Pad the rows; columns that are no numbers are dropped."""
     known = [{k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "labels")} for row in features]
     return dict(DataCollatorForSeq2Seq(tiny_tokenizer())(known))
 
 
 def measured(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-    """A number for each thing that a metric may ask for."""
+    """Compute a number from each input that a metric may request."""
     parts = {"logits": prediction.predictions, "labels": prediction.label_ids}
     parts |= {"inputs": prediction.inputs, "losses": prediction.losses}
     return {name: _total(part) for name, part in parts.items() if part is not None} if compute_result else {}
@@ -55,7 +55,7 @@ def _total(part: Any) -> float:
 
 
 def recording(trainer_class: Any, seen: list[dict[str, Any]]) -> Any:
-    """The class, telling the batches that its steps get."""
+    """Return a subclass that records the batches of its steps."""
 
     class Recording(trainer_class):
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ def test_full_determinism_is_as_upstream(tmp_path: Path) -> None:
 
 
 def failing(model: Any, *, above: int, after: int) -> Any:
-    """A model that runs out of memory for batches of more than `above` rows, after `after` forwards."""
+    """Make a model that runs out of memory for batches of more than `above` rows, after `after` forwards."""
     forward, calls = model.forward, []
 
     @functools.wraps(forward)
@@ -212,7 +212,7 @@ def test_checkpoints_of_the_model_only_hold_weights_and_are_no_place_to_resume_f
     with closing(zo_trainer(tmp_path, small_model(), tiny_rows("opt", 16), **{**options, "max_steps": 6})) as trainer:
         with pytest.raises(CheckpointError, match="no state to resume from"):
             trainer.train(resume_from_checkpoint=str(folder))
-        assert trainer.train(resume_from_checkpoint=True).global_step == 6  # from the journal
+        assert trainer.train(resume_from_checkpoint=True).global_step == 6  # restored from the journal
         assert len(trainer.engine.store.records) == 6
 
 

@@ -1,4 +1,4 @@
-"""Objectives instead of losses: accuracy, F1 and rewards are optimised as MeZO does, on any tier."""
+"""Objectives instead of losses, such as accuracy, F1 and rewards, are optimised as in MeZO, in any tier."""
 
 import re
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from zo2trl import OutputObjective, TextObjective
 from zo2trl.errors import ConfigError, LossPrecisionError, UnsupportedError
 from zo2trl.trainers.objective.scores import exact_match, squad_f1
 
-WORDY = {"answers": " ".join(words())}  # whatever is generated shares a word with this answer
+WORDY = {"answers": " ".join(words())}  # every generation shares a word with this answer
 
 
 def with_column(rows: Dataset, name: str, values: Sequence[Any]) -> Dataset:
@@ -45,7 +45,7 @@ def answered(n_rows: int = 8) -> Dataset:
 
 
 def wordiness(completions: list[str]) -> list[float]:
-    """A reward that most changes of a completion change."""
+    """Compute a reward that most changes of a completion change."""
     return [sum(hash_of(word) for word in text.split()) / 97 for text in completions]
 
 
@@ -111,7 +111,7 @@ def test_accuracy_of_classes_is_optimised_and_logged(place: dict, tmp_path: Path
         assert differing(weights_of(trainer.model), before)
     for log in logs:
         losses = (log["zo/loss_plus"], log["zo/loss_minus"])
-        assert all(8 * loss == pytest.approx(round(8 * loss)) for loss in losses)  # eighths: nothing but accuracy
+        assert all(8 * loss == pytest.approx(round(8 * loss)) for loss in losses)  # eighths: an accuracy
         assert log["objective/accuracy"] == pytest.approx(1 - sum(losses) / 2)
     assert any(log["zo/projected_grad"] != 0 for log in logs)
 
@@ -220,7 +220,7 @@ def test_f1_is_trained_and_evaluated_alike_on_every_tier(tmp_path: Path) -> None
             metrics = trainer.evaluate()
             trained = [log["objective/squad_f1"] for log in step_logs(trainer)]
             runs.append((trained, metrics["eval_objective/squad_f1"]))
-            assert metrics["eval_loss"] > 1  # the trainer's own loss is evaluated as ever
+            assert metrics["eval_loss"] > 1  # evaluation of the trainer's own loss is unchanged
     assert runs[0] == runs[1]
     assert all(0 < value < 1 for value in [*runs[0][0], runs[0][1]])
 

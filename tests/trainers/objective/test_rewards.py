@@ -1,4 +1,4 @@
-"""Reward functions written for TRL's GRPO: TextObjective calls them as GRPO does, with all that they may ask for."""
+"""TextObjective calls reward functions written for TRL's GRPO as GRPO does, with every argument they may request."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_rows_without_a_verdict_are_left_out_of_the_mean(tmp_path: Path) -> None
         trainer.train()
         assert step_logs(trainer)[0]["objective/reward"] == 3
         assert trainer.evaluate()["eval_objective/reward"] == 3
-        nothing = trainer.evaluate(rows.select([0, 3]))  # has no verdict at all
+        nothing = trainer.evaluate(rows.select([0, 3]))  # returns None for every row
         assert "eval_loss" in nothing
         assert "eval_objective/reward" not in nothing
     none = with_column(prompts(6), "verdict", [None] * 6)

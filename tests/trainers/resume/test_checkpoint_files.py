@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder: state that comes back to the last bit, and damage that never goes unnoticed."""
+"""Files of a checkpoint folder restore their state bit for bit, and no damage of them goes unnoticed."""
 
 import json
 import math
@@ -26,7 +26,7 @@ POINTER = Pointer(
 
 
 def saved(folder: Path, pointer: Pointer = POINTER) -> Path:
-    """A checkpoint as a trainer leaves it, of a few small files."""
+    """Make a checkpoint of a few small files, as a trainer writes it."""
     folder.mkdir(parents=True)
     states.write_rng(folder / states.RNG_NAME)
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1e-3)
@@ -70,7 +70,7 @@ def test_every_truncation_of_every_file_is_noticed(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
-    """A flip in the spaces of the marker may leave its meaning as it was; everything else is refused."""
+    """A flip in the spaces of the marker may leave its meaning unchanged; everything else is refused."""
     folder = saved(tmp_path / "checkpoint-5")
     wanted = repr(read_checkpoint(folder))
     seed = random.randrange(2**32)

@@ -1,4 +1,4 @@
-"""checkpoint-N: what is in the folder, which one is used, and what happens to one that is damaged or half saved."""
+"""Tests of checkpoint-N: its files, which one is used, and what happens to one that is damaged or incomplete."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A training that was cut short and resumed is the training that was not: every weight, record, log entry and counter.
+"""An interrupted and resumed training equals an uninterrupted one: every weight, record, log entry and counter.
 
 Crashes here are exceptions (tests/support/crashes.py); tests/crash kills processes.
 """
@@ -62,7 +62,7 @@ def test_crashes_leave_no_trace(name: str, tmp_path: Path) -> None:
 
 
 def test_the_trainings_are_what_they_are_meant_to_be() -> None:
-    """Otherwise equal runs would prove less than they seem to."""
+    """Without these properties of the trainings, equal runs would prove less than they seem to."""
     assert in_peace(TRAININGS["patience"]).state["step"] == 6, "early stopping did not stop"
     assert any("SkipRecord" in record for record in in_peace(TRAININGS["skips"]).records)
     assert in_peace(TRAININGS["best"]).state["best step"] not in (None, 2, 12), "the best is the first or the last"
@@ -180,7 +180,7 @@ def test_a_crash_before_a_mark_leaves_no_trace(
 
 
 class Interrupting(TrainerCallback):
-    """Ctrl-C, once."""
+    """This callback sends one Ctrl-C."""
 
     is_done = False
 

@@ -1,4 +1,4 @@
-"""What a resumed training must not do silently: go on with other choices, other weights, or from another run."""
+"""A resumed training does not silently continue with other choices, with other weights, or from another run."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ LAST = Crash("step_end", 5)  # one step behind checkpoint-4
 
 @pytest.fixture(scope="module")
 def cut_short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Training], Path]:
-    """Folders of trainings that crashed at step 5, each made once; do not train in them."""
+    """Make folders of trainings that crashed at step 5, each once; do not train in them."""
     made: dict[int, Path] = {}
 
     def folder_of(training: Training) -> Path:
@@ -38,7 +38,7 @@ def cut_short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Training], 
 
 
 def refusal(training: Training, folder: Path, error: type[Exception], **named: Any) -> str:
-    """The message with which a training refuses to go on in a folder."""
+    """Return the message with which a training refuses to resume in a folder."""
     with closing(training(folder)) as trainer, pytest.raises(error) as refused:
         trainer.train(**{"resume_from_checkpoint": True, **named})
     return str(refused.value)
@@ -73,7 +73,7 @@ def test_a_run_does_not_go_on_with_other_choices(
     options, error, word = CHANGES[name]
     folder = Path(shutil.copytree(cut_short(LINEAR[saves]), tmp_path / "run"))
     assert word in refusal(LINEAR[saves].having(**options), folder, error)
-    if name in ("schedule", "seed"):  # refused late and early: with its own choices it goes on
+    if name in ("schedule", "seed"):  # refused late and early: with its own choices it resumes
         assert in_peace(LINEAR[saves]).difference(finished(LINEAR[saves], folder)) == ""
 
 
@@ -87,7 +87,7 @@ def test_a_run_does_not_end_before_its_journal_does(training: Training, max_step
 
 
 def test_what_may_change_from_life_to_life(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Choices that the journal notes at every step; nobody changes them without being told."""
+    """The journal records these choices at every step; a warning reports each change."""
     run_until_crash(PLAIN(tmp_path), LAST)
     changed = PLAIN.having(max_steps=8, zo_eps=1e-2, weight_decay=0.1, num_directions=2)
     with closing(changed(tmp_path)) as trainer:
@@ -146,7 +146,7 @@ def test_a_run_does_not_go_on_with_another_model(
 
 @pytest.mark.parametrize("name", ["lora", "plain"])
 def test_trained_weights_come_from_the_store_and_not_from_the_model_handed_over(name: str, tmp_path: Path) -> None:
-    """Adapters and new heads are drawn at random by most scripts, and not the same way twice."""
+    """Most scripts draw adapters and new heads at random, and differently each time."""
     training, other = {
         "lora": (TRAININGS["lora"], partial(lora, adapter_seed=1)), "plain": (PLAIN, partial(small_model, seed=1)),
     }[name]  # fmt: skip
@@ -219,7 +219,7 @@ def test_a_look_before_resuming_loses_nothing(look: str, is_same: bool, tmp_path
 
 
 class Changing(TrainerCallback):
-    """Changes weights by hand after the third step, as a script does that prunes, merges or resets something."""
+    """This callback changes weights after the third step, as a script does that prunes, merges or resets weights."""
 
     def __init__(self, how: str, *, is_guarded: bool) -> None:
         self.how, self.is_guarded = how, is_guarded

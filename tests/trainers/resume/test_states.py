@@ -1,4 +1,4 @@
-"""State of generators and schedules in files: it comes back to the last bit, or is refused by name."""
+"""State of generators and schedules in files is restored bit for bit, or is refused by name."""
 
 import json
 import random
@@ -98,7 +98,7 @@ def test_a_damaged_state_names_file_and_generator_and_changes_none(what: str, tm
 
 
 class Callables:
-    """A lambda with a state, as torch has it in its documentation."""
+    """This is a lambda with a state, as in torch's documentation."""
 
     def __init__(self) -> None:
         self.factor = 0.5
