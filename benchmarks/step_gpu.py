@@ -43,6 +43,7 @@ from zo2trl.engine.trace import draw_timeline, zo_trace
 from zo2trl.files.sizes import parse_size
 from zo2trl.layout.model_layout import plan_layout
 from zo2trl.planning.budgets import Budgets
+from zo2trl.planning.known_rates import rates_for
 from zo2trl.planning.placement import place
 from zo2trl.zo.estimators import TwoSidedSPSA
 
@@ -156,6 +157,7 @@ def opened(model: nn.Module, options: argparse.Namespace) -> Iterator[tuple[Engi
             budgets=Budgets(device="min" if only_disk else EVERYTHING, cpu=cpu), device=torch.device("cuda"), seed=0,
             store_dir=Path(folder) / "store", granularity=BLOCK, direction=options.direction,
             rounding=options.rounding, base_folder="random weights of benchmarks/step_gpu.py",
+            rates=rates_for(torch.device("cuda"), Path(folder)),
         )  # fmt: skip
         engine = open_engine(model, settings)
         engine.on_shutdown += [handle.remove for handle in hook_heads(model)]
