@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from tests.support.models import tiny_batch, tiny_model
+from tests.support.rates import H200, TWO_CORES
 from zo2trl.engine.device_fit import DeviceFit
 from zo2trl.engine.opening import EngineOptions, open_engine, plan_engine
 from zo2trl.engine.precision import fp32_heads
 from zo2trl.engine.step import Engine
 from zo2trl.errors import BudgetError
 from zo2trl.planning.budgets import Budgets
+from zo2trl.planning.workload import Workload
 
 NAME = "llama"
 
@@ -29,18 +31,20 @@ def least(model, folder: Path) -> int:
     return plan_engine(model, options).placement.device_bytes
 
 
-def trained(folder: Path, *, device: int, cpu: int = 1 << 34, measured: int | None, n_steps: int = 3):
+def trained(
+    folder: Path, *, device: int, cpu: int = 1 << 34, measured: int | None, n_steps: int = 3, counted=None, **chosen
+):
     """(units of each tier, losses, weights) of a run whose traversals take `measured` bytes beside weights."""
     model = tiny_model(NAME)
     fp32_heads(model)
     batch = tiny_batch(NAME)
     options = EngineOptions(
         budgets=Budgets(device=device, cpu=cpu), device=torch.device("cpu"), store_dir=folder / "store", seed=3,
-        granularity="block",
+        granularity="block", **chosen,
     )  # fmt: skip
     losses = []
     with closing_engine(open_engine(model, options)) as engine:
-        fit = DeviceFit(engine, options)
+        fit = DeviceFit(engine, options, count=lambda inputs: counted)
         for step in range(n_steps):
             if measured is not None:
                 fit.before_steps(lambda: model(**batch).loss, batch, n_passes=2)
@@ -117,3 +121,35 @@ def test_how_often_units_are_written_follows_the_tokens_of_a_step(tmp_path: Path
         fit = DeviceFit(engine, options)
         fit.before_steps(lambda: model(**batch).loss, batch, n_passes=4)
         assert fit.options.tokens_per_step == 2 * batch["input_ids"].numel()
+
+
+@pytest.mark.parametrize("cpu", [1 << 34, 0], ids=["host memory", "disk"])
+def test_rates_of_the_machine_never_show_in_a_bit(tmp_path: Path, measuring, cpu: int) -> None:
+    model = tiny_model(NAME)
+    device = least(model, tmp_path) + sum(p.numel() * p.element_size() for p in model.parameters()) // 3
+    measuring(0)
+    runs = [
+        trained(tmp_path / name, device=device, cpu=cpu, measured=1, n_steps=5, rates=rates)
+        for name, rates in (("unknown", None), ("fast", H200), ("slow", TWO_CORES))
+    ]
+    for _, losses, weights in runs[1:]:
+        assert losses == runs[0][1]
+        assert all(torch.equal(weights[name], runs[0][2][name]) for name in weights)
+
+
+def test_counted_bytes_are_kept_free_as_a_plan_does_and_more_only_if_more_is_measured(
+    tmp_path: Path, measuring, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything = 1 << 30
+    block = max(unit.n_bytes for unit in plan_units(tmp_path))
+    n_bytes = everything - least(tiny_model(NAME), tmp_path) - 2 * block
+    counted = Workload(peak_bytes=n_bytes)
+    measuring(n_bytes // 2)
+    planned = trained(tmp_path / "counted", device=everything, measured=1, counted=counted)[0]
+    assert "cpu" in planned and not caplog.records
+    measuring(n_bytes)
+    assert trained(tmp_path / "measured", device=everything, measured=1)[0] == planned
+    measuring(n_bytes + block)
+    more = trained(tmp_path / "more", device=everything, measured=1, counted=counted)[0]
+    assert more.count("gpu") < planned.count("gpu")
+    assert "more is kept free than `zo2trl plan` foresees" in caplog.text

@@ -185,7 +185,7 @@ def _report(planned: "Planned", args: Any, model_args: Any, *, rates: "MachineRa
         "device": str(planned.options.device),
         "tokens_per_step": found.tokens,
         "units": [
-            {"name": unit.name, "tier": placement.tier_of[unit.index], "bytes": unit.n_bytes, "kind": unit.kind}
+            {"name": unit.name, "tier": placement.tier_of[unit.index], "bytes": unit.stored_bytes, "kind": unit.kind}
             for unit in found.plan.layout.units
         ],
         "granularity": "leaf" if found.plan.layout.leaf_blocks else "block",
@@ -269,7 +269,7 @@ def _neighbours(planned: "Planned", args: Any, model_args: Any) -> Iterator[tupl
         if more <= free:
             yield _with(args, model_args, device_memory=f"{more // 10**6}MB")
         if "disk" in tiers:
-            n_bytes = sum(unit.n_bytes for unit in found.plan.layout.units)
+            n_bytes = sum(unit.stored_bytes for unit in found.plan.layout.units)
             yield _with(args, model_args, cpu_memory=_least(n_bytes, psutil.virtual_memory().available))
         steps = args.gradient_accumulation_steps
         yield _with(args, model_args, gradient_accumulation_steps=2 * steps)
