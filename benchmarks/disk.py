@@ -181,7 +181,7 @@ def opened(layout: Layout, folder: Path, fs: FS, *, like: Residency | None = Non
         else:
             for unit, record in zip(layout.units, like.files.founding, strict=True):
                 tiers.disk.open_version(unit, record)
-        residency.make_staging(placement.largest_segment_bytes)
+        residency.transfers.make_staging(placement.largest_segment_bytes)
         yield residency
     finally:
         residency.close()
@@ -194,11 +194,12 @@ def through_store(residency: Residency, *, check_all: bool, cold: Path | None = 
     """
     segments = residency.layout.segments
     largest = max(segment.n_bytes for segment in segments)
-    residency.will_write_back = lambda segment: check_all
+    residency.transfers.will_write_back = lambda segment: check_all
     samples: list[Sample] = []
     fetcher = Prefetcher(
-        segments, residency.load, ring_bytes=RING_SEGMENTS * largest, device=DEVICE, on_disk=lambda segment: True
-    )
+        segments, residency.transfers.load, ring_bytes=RING_SEGMENTS * largest, device=DEVICE,
+        on_disk=lambda segment: True,
+    )  # fmt: skip
 
     def traverse(part: list[Segment]) -> None:
         for segment in part:

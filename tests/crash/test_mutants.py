@@ -17,7 +17,7 @@ from zo2trl.errors import ZO2TRLError
 from zo2trl.journal import journal as journal_module
 from zo2trl.journal.journal import Journal
 from zo2trl.tiers import catch_up as catching_up
-from zo2trl.tiers import store, unit_files
+from zo2trl.tiers import ledger, store, unit_files
 from zo2trl.tiers.unit_files import UnitFiles
 
 Patch = pytest.MonkeyPatch
@@ -112,9 +112,9 @@ def checksums_of_weights_not_looked_at(patch: Patch) -> None:
 
 
 def replay_from_the_step_before(patch: Patch) -> None:
-    original = catching_up.Ledger.place
+    original = ledger.Ledger.place
     patch.setattr(
-        catching_up.Ledger, "place", lambda self, segments, position: original(self, segments, max(position - 1, 0))
+        ledger.Ledger, "place", lambda self, segments, position: original(self, segments, max(position - 1, 0))
     )
 
 

@@ -189,13 +189,13 @@ class Rig:
         residency = Tiers(gpu=DeviceTier(CUDA), cpu=HostTier(in_cpu, pinned=True), disk=DiskTier(files, fs=fs))
         self.residency = Residency(layout, placement, tiers=residency, files=files, device=CUDA)
         self.residency.populate(base_weights, keep_base=False)
-        self.residency.will_write_back = lambda segment: False
-        self.residency.make_staging(largest)
+        self.residency.transfers.will_write_back = lambda segment: False
+        self.residency.transfers.make_staging(largest)
         self.segments = layout.segments[1:]
         self.fetcher = Prefetcher(
-            self.segments, self.residency.load, ring_bytes=3 * largest, device=CUDA,
-            upcoming=self.residency.read_ahead,
-            on_disk=lambda segment: self.residency.tier_of(segment.unit) == "disk",
+            self.segments, self.residency.transfers.load, ring_bytes=3 * largest, device=CUDA,
+            upcoming=self.residency.transfers.read_ahead,
+            on_disk=lambda segment: self.residency.locations.tier_of(segment.unit) == "disk",
         )  # fmt: skip
 
     def traverse(self) -> list[torch.Tensor]:
@@ -239,13 +239,13 @@ def test_reading_ahead_is_forgotten_with_what_was_fetched_ahead(tmp_path: Path) 
         rig.fetcher.drop()
         deadline_s = time.monotonic() + 5
         n_pieces = max(unit.n_bytes for unit in on_disk(rig)) // min(PIECE, largest_segment(rig))
-        while rig.residency._staging._ahead.qsize() < n_pieces:
+        while rig.residency.transfers._staging._ahead.qsize() < n_pieces:
             assert time.monotonic() < deadline_s, "pieces of forgotten readings do not come back"
             time.sleep(0.01)
 
 
 def on_disk(rig: Rig) -> list[Unit]:
-    return [unit for unit in rig.residency.layout.units if rig.residency.tier_of(unit) == "disk"]
+    return [unit for unit in rig.residency.layout.units if rig.residency.locations.tier_of(unit) == "disk"]
 
 
 def largest_segment(rig: Rig) -> int:
@@ -258,7 +258,7 @@ def test_a_write_back_from_the_device_is_what_the_next_traversal_reads(tmp_path:
         units = on_disk(rig)
         for segment in (s for s in rig.segments if s.unit in units):
             weights = torch.full((segment.n_bytes,), segment.index, dtype=torch.uint8, device=CUDA)
-            rig.residency.write_back(segment, weights, position=1).result()
+            rig.residency.transfers.write_back(segment, weights, position=1).result()
         rig.residency.settle()  # a unit's new version is there when the last of its segments was written
         rig.fetcher.drop()
         for segment, seen in zip(rig.segments, rig.traverse(), strict=True):

@@ -3,7 +3,8 @@
 import torch
 
 from tests.support.stores import record, rule, streamed_segments, synthetic_layout
-from zo2trl.tiers.catch_up import Ledger, catch_up
+from zo2trl.tiers.catch_up import catch_up
+from zo2trl.tiers.ledger import Ledger
 from zo2trl.zo.tiles import TILE
 
 RECORDS = [record(step) for step in range(4)]

@@ -11,7 +11,7 @@ from tests.support.faulty_fs import FaultyFS
 from tests.support.processes import single_threaded
 from zo2trl.errors import StoreError
 from zo2trl.planning.budgets import TierName
-from zo2trl.tiers import readers, residency, staging
+from zo2trl.tiers import readers, staging, transfers
 from zo2trl.tiers.staging import Staging
 
 MIXES: tuple[tuple[TierName, ...], ...] = (
@@ -36,7 +36,7 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Staging]]:
         made.append(Staging(*arguments, in_pieces=True, **named))
         return made[-1]
 
-    monkeypatch.setattr(residency, "Staging", build)
+    monkeypatch.setattr(transfers, "Staging", build)
     for module in (readers, staging):
         monkeypatch.setattr(module, "READ_PIECE_BYTES", 3 * 4096)  # cuts tensors of one tile
     with single_threaded():

@@ -85,12 +85,12 @@ def test_a_slot_is_free_while_the_drive_syncs_what_was_in_it(tmp_path: Path) -> 
     weights = torch.ones(segment.n_bytes, dtype=torch.uint8)
     fs.gate.clear()
     try:
-        assert ended(residency.write_back(segment, weights, position=1))
+        assert ended(residency.transfers.write_back(segment, weights, position=1))
         weights.fill_(9)  # the next tenant
-        assert residency.position(segment) == 0, "it does not count before it is durable"
+        assert residency.locations.position(segment) == 0, "it does not count before it is durable"
     finally:
         fs.gate.set()
         residency.settle()
-    assert residency.position(segment) == 1
-    assert bool((residency.view(segment.unit)[0][: segment.n_bytes] == 1).all())
+    assert residency.locations.position(segment) == 1
+    assert bool((residency.locations.view(segment.unit)[0][: segment.n_bytes] == 1).all())
     residency.close()

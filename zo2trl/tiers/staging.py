@@ -25,6 +25,7 @@ from zo2trl.tiers.host import pin, unpin
 from zo2trl.tiers.readers import N_READ_THREADS, READ_PIECE_BYTES, Readers, aligned_bytes
 from zo2trl.tiers.ring import Slot
 from zo2trl.tiers.tier import Reading, host_bytes
+from zo2trl.tiers.uploader import DirectUploader, Uploader
 
 __all__ = ["Begun", "Staging"]
 
@@ -40,20 +41,22 @@ class _Piece:
 
     def __init__(self, memory: torch.Tensor, *, on_gpu: bool) -> None:
         self.memory = memory
-        self._copied = torch.cuda.Event(blocking=True) if on_gpu else None
+        self.copied = torch.cuda.Event(blocking=True) if on_gpu else None
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, *, stream: torch.cuda.Stream | None) -> None:
-        """One of the two is in this piece."""
-        if stream is None or self._copied is None:
+    def fill_from(self, source: torch.Tensor, *, stream: torch.cuda.Stream | None) -> None:
+        """Copy device memory into the beginning of this piece."""
+        target = self.memory[: source.numel()]
+        if stream is None or self.copied is None:
             target.copy_(source)
             return
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-            self._copied.record(stream)
+            self.copied.record(stream)
 
     def wait(self) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
+        """Wait for the last copy."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
 
 class _Part(NamedTuple):
@@ -87,14 +90,21 @@ class Staging:
         device: where slots are.
         ahead_bytes: staging memory for what is read before it has a slot.
         in_pieces: whether what comes from disk is staged. None: if slots are on a GPU.
+        uploader: copies into slots; None: a direct one.
     """
 
     def __init__(
-        self, n_bytes: int, *, device: torch.device, ahead_bytes: int = 0, in_pieces: bool | None = None
+        self,
+        n_bytes: int,
+        *,
+        device: torch.device,
+        ahead_bytes: int = 0,
+        in_pieces: bool | None = None,
+        uploader: Uploader | None = None,
     ) -> None:
         self._on_gpu = device.type == "cuda"
         self.ahead_bytes = ahead_bytes
-        self._up = torch.cuda.Stream(device) if self._on_gpu else None
+        self._uploader = uploader or DirectUploader(device)
         self._down = torch.cuda.Stream(device) if self._on_gpu else None
         self._readers = Readers()
         self.on_room: Callable[[], object] = lambda: None  # called, in any thread, when more can be read ahead
@@ -119,13 +129,10 @@ class Staging:
 
     def upload(self, source: torch.Tensor, target: torch.Tensor, slot: Slot) -> None:
         """Host -> slot. `source` must stay unchanged until the slot's `copied` event."""
-        if self._up is None:
-            target.copy_(source)
-            return
-        self._wait_for(slot)
-        with torch.cuda.stream(self._up):
-            target.copy_(source, non_blocking=True)
-            slot.copied = self._up.record_event()
+        uploader, share = self._uploader, self._uploader.share(target.numel())
+        uploader.begin(slot)
+        uploader.copy(source[share], target[share])
+        uploader.finish(slot)
 
     def read_ahead(self, begun: Begun) -> bool:
         """Read on before there is a slot, as far as there is memory for that; False if it does not reach the end."""
@@ -152,7 +159,7 @@ class Staging:
         if not self._in_pieces:
             self._readers.run(lambda start, stop: reading.fill(target[start:stop], start), n_bytes=begun.n_bytes)
         else:
-            self._wait_for(slot)
+            self._uploader.begin(slot)
             first = len(begun.parts) * READ_PIECE_BYTES
             others = self._readers.begin(
                 lambda start, stop: self._read_and_upload_piece(begun, target[start:stop], start),
@@ -169,14 +176,8 @@ class Staging:
             finally:
                 self.abandon(begun)
             others.end()
-            if self._up is not None:
-                slot.copied = self._up.record_event()
+            self._uploader.finish(slot)
         reading.finish()
-
-    def _wait_for(self, slot: Slot) -> None:
-        for event in slot.released:
-            assert self._up is not None
-            self._up.wait_event(event)
 
     def _fill(self, begun: Begun, piece: _Piece, staged: torch.Tensor, *, start: int) -> None:
         piece.wait()
@@ -189,7 +190,7 @@ class Staging:
             staged = part.piece.memory[: min(READ_PIECE_BYTES, begun.n_bytes - start)]
             try:
                 part.job.result()
-                part.piece.copy(staged, target[start : start + staged.numel()], stream=self._up)
+                self._uploader.copy(staged, target[start : start + staged.numel()], copied=part.piece.copied)
             finally:
                 self._give_back_ahead(part.piece)
 
@@ -198,7 +199,7 @@ class Staging:
         try:
             staged = piece.memory[: target.numel()]
             self._fill(begun, piece, staged, start=start)
-            piece.copy(staged, target, stream=self._up)
+            self._uploader.copy(staged, target, copied=piece.copied)
         finally:
             self._free.put(piece)
 
@@ -244,13 +245,13 @@ class Staging:
     def _send(self, parts: list[torch.Tensor], number: int) -> None:
         if number < len(parts):
             piece = self._down_pieces[number % N_PIECES_DOWN]
-            piece.copy(parts[number], piece.memory[: parts[number].numel()], stream=self._down)
+            piece.fill_from(parts[number], stream=self._down)
 
     def close(self) -> None:
         """Stop the threads and unpin the memory, when no copy uses it any more; idempotent."""
         self._readers.close()
-        if self._up is not None and self._down is not None:
-            self._up.synchronize()
+        self._uploader.synchronize()
+        if self._down is not None:
             self._down.synchronize()
         memory, self._memory = self._memory, None
         if memory is not None and self._on_gpu:

@@ -9,7 +9,7 @@ Invariants:
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -22,8 +22,9 @@ from zo2trl.layout.layout import Layout, Segment, Unit, VisitPoint
 from zo2trl.planning.budgets import TierName
 from zo2trl.planning.placement import Placement, summarise
 from zo2trl.planning.write_schedule import WriteSchedule
-from zo2trl.tiers.catch_up import catch_up, catch_up_unit
+from zo2trl.tiers.catch_up import catch_up
 from zo2trl.tiers.decoding import DecodeBuffer
+from zo2trl.tiers.history import History
 from zo2trl.tiers.leases import Lease
 from zo2trl.tiers.prefetch import Prefetcher
 from zo2trl.tiers.residency import Residency
@@ -48,9 +49,6 @@ class TieredStore:
         on_close: called once when everything else is closed (gives up the folder).
     """
 
-    records: list[Record]
-    """What leases catch up with: the journal's own list, or the part of it that leads to a past one went back to."""
-
     def __init__(
         self,
         residency: Residency,
@@ -64,13 +62,20 @@ class TieredStore:
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.residency, self.journal, self.logbook, self.rule, self.device = residency, journal, logbook, rule, device
-        self.records, self.write_schedule = journal.records, write_schedule
+        self._locations = residency.locations
+        self.history = History(residency, journal=journal, logbook=logbook, rule=rule, device=device)
+        self.write_schedule = write_schedule
         self._on_first_step = on_first_step
         self._on_close = on_close
         self._eager, self.is_open = False, True
         self._prefetcher: Prefetcher | None = None
-        residency.will_write_back = self._may_be_due
+        residency.transfers.will_write_back = self._may_be_due
         self._start_prefetching()
+
+    @property
+    def records(self) -> list[Record]:
+        """What leases catch up with; see `History.records`."""
+        return self.history.records
 
     @property
     def layout(self) -> Layout:
@@ -85,19 +90,19 @@ class TieredStore:
     @property
     def traffic(self) -> Counter[str]:
         """Bytes since the store was opened: h2d, d2h, disk_read, disk_written."""
-        return self.residency.traffic
+        return self._locations.traffic
 
     def tier_of(self, unit: Unit) -> TierName:
         """Name of the tier a unit lives in."""
-        return self.residency.tier_of(unit)
+        return self._locations.tier_of(unit)
 
     def view(self, unit: Unit) -> tuple[torch.Tensor, int]:
-        """See `Residency.view`."""
-        return self.residency.view(unit)
+        """See `Locations.view`."""
+        return self._locations.view(unit)
 
     def tensors(self, unit: Unit, *, unless_version: int | None = None) -> tuple[list[torch.Tensor], int] | None:
-        """See `Residency.tensors`."""
-        return self.residency.tensors(unit, unless_version=unless_version)
+        """See `Locations.tensors`."""
+        return self._locations.tensors(unit, unless_version=unless_version)
 
     def describe(self) -> list[tuple[str, TierName, int]]:
         """(unit, tier, bytes) for people."""
@@ -158,7 +163,7 @@ class TieredStore:
     def append(self, record: Record) -> None:
         """Make a step durable in the journal; every unit absorbs it at its next visit, rest at once."""
         self._refuse_if_read_only("train")
-        self._forget_later_records()
+        self.history.forget_later()
         self.journal.append(record)
         on_first_step, self._on_first_step = self._on_first_step, lambda: None
         on_first_step()
@@ -168,7 +173,7 @@ class TieredStore:
         for unit in units:
             is_its_turn = self.write_schedule.is_turn(unit.index, of=len(units), every=every, position=position)
             if is_its_turn and unit.is_trained and self.tier_of(unit) != "disk":
-                self.residency.snapshot(unit)
+                self.residency.snapshots.request(unit)
 
     @uninterrupted
     def end_traversal(self) -> None:
@@ -197,7 +202,7 @@ class TieredStore:
         return any(self._is_behind(segment) for segment in self.layout.segments if segment.unit is unit)
 
     def _is_behind(self, segment: Segment) -> bool:
-        return segment.is_trainable and self.residency.position(segment) < len(self.records)
+        return segment.is_trainable and self._locations.position(segment) < len(self.records)
 
     # -- weights that no step led to
 
@@ -206,7 +211,7 @@ class TieredStore:
         """Weights at home were changed from outside, or may soon be: forget what was fetched ahead."""
         assert self._prefetcher is not None
         self._prefetcher.drop()
-        self.residency.invalidate_views()
+        self.residency.transfers.invalidate_views()
 
     @uninterrupted
     def commit_changes(self, units: Sequence[Unit]) -> None:
@@ -215,13 +220,15 @@ class TieredStore:
         Steps before it do not lead there, so the journal alone is not enough any more to rebuild the weights.
         """
         self._refuse_if_read_only("change weights")
-        self._begin_anew((unit, self.residency.view(unit)[0]) for unit in units)
+        self.history.replace((unit, self._locations.view(unit)[0]) for unit in units)
+        self.weights_changed()
 
     @uninterrupted
     def replace(self, source: Source) -> None:
         """Overwrite every unit's weights, durably: a new beginning, as in `commit_changes`."""
         self._refuse_if_read_only("replace weights")
-        self._begin_anew((unit, gathered(unit, source)) for unit in self.layout.units)
+        self.history.replace((unit, gathered(unit, source)) for unit in self.layout.units)
+        self.weights_changed()
 
     @uninterrupted
     def go_back(self, position: int, *, base: Source) -> None:
@@ -230,40 +237,8 @@ class TieredStore:
         `base` gives the weights at position 0 of units that the store keeps no early enough version of.
         """
         self._refuse_if_read_only("go back")
-        assert 0 <= position <= len(self.records)
-        self.residency.settle()
-        try:
-            self._go_back(position, base=base)
-        except BaseException as error:
-            self.residency.inconsistent_reason = f"weights of an earlier step were being rebuilt ({error})"
-            raise
+        self.history.go_back(position, base=base)
         self.weights_changed()
-
-    def _go_back(self, position: int, *, base: Source) -> None:
-        self.records = self.records[:position]
-        for unit in self.layout.units:
-            segments = [s for s in self.layout.segments if s.unit is unit and s.is_trainable]
-            if max(map(self.residency.position, segments), default=0) > position:
-                weights, start = self.residency.earlier(unit, position, base=base)
-                weights = weights.to(self.device)
-                catch_up_unit(weights, segments, self.records, position=start, rule=self.rule)
-                self.residency.set_back(unit, weights.cpu(), position=position)
-
-    def _begin_anew(self, contents: Iterable[tuple[Unit, torch.Tensor]]) -> None:
-        self.residency.settle()
-        self._forget_later_records()
-        self.residency.begin_anew(contents, position=len(self.records))
-        self.weights_changed()
-
-    def _forget_later_records(self) -> None:
-        """The run goes on from where it went back to: that is its history now."""
-        if self.records is self.journal.records:
-            return
-        position = len(self.records)
-        self.logbook.rewind(position)
-        self.journal.rewind(position)
-        self.residency.files.forget_after(position)
-        self.records = self.journal.records
 
     @uninterrupted
     def relayout(self, layout: Layout, placement: Placement) -> None:
@@ -296,10 +271,10 @@ class TieredStore:
 
     def _start_prefetching(self) -> None:
         streamed = [s for p in self.layout.points for s in p.segments if not self.residency.is_resident(s)]
-        self.residency.make_staging(self.placement.largest_segment_bytes)
+        self.residency.transfers.make_staging(self.placement.largest_segment_bytes)
         self._prefetcher = Prefetcher(
-            streamed, self.residency.load, ring_bytes=self.placement.ring_bytes, device=self.device,
-            on_disk=lambda segment: self.tier_of(segment.unit) == "disk", upcoming=self.residency.read_ahead,
+            streamed, self.residency.transfers.load, ring_bytes=self.placement.ring_bytes, device=self.device,
+            on_disk=self._locations.is_on_disk, upcoming=self.residency.transfers.read_ahead,
         )  # fmt: skip
         self._decode_buffer = DecodeBuffer(self.placement.decode_bytes, device=self.device)
         self._absorb_root()
@@ -309,7 +284,7 @@ class TieredStore:
             self._resident(segment).clean()
 
     def _resident(self, segment: Segment) -> Lease:
-        position = self.residency.position(segment)
+        position = self._locations.position(segment)
         weights = self._decode_buffer.decoded(segment, self.residency.weights(segment))
         return Lease(
             segment=segment, weights=weights, position=position,
@@ -327,7 +302,7 @@ class TieredStore:
         try:
             if arrival.was_written_to:
                 self._keep_written(segment.unit, position=arrival.position)
-            self.residency.validate_view(segment)
+            self.residency.transfers.validate_view(segment)
             weights = self._decode_buffer.decoded(segment, fetch.stored)
         except BaseException:
             self._prefetcher.give_back(fetch)
@@ -352,12 +327,14 @@ class TieredStore:
                 self.residency.absorbed(segment, len(records))
         except BaseException as error:
             if is_resident:
-                self.residency.inconsistent_reason = f"unit {segment.unit.name} was being brought up to date ({error})"
+                self._locations.inconsistent_reason = (
+                    f"unit {segment.unit.name} was being brought up to date ({error})"
+                )
             raise
         if has_absorbed:
             lease.position = len(records)
             if lease.writes_back and not is_resident:
-                lease.write = self.residency.write_back(segment, lease.weights, position=len(records))
+                lease.write = self.residency.transfers.write_back(segment, lease.weights, position=len(records))
 
     def _keep_written(self, unit: Unit, *, position: int) -> None:
         self._refuse_if_read_only("change weights")
@@ -367,8 +344,8 @@ class TieredStore:
                 "absorbed: the steps would be added to the new values. Call `trainer.engine.flush()` before changing "
                 "weights between steps."
             )
-        self._forget_later_records()
-        self.residency.keep_written(unit, position=len(self.records))
+        self.history.forget_later()
+        self.residency.snapshots.replace_by_view(unit, position=len(self.records))
 
     def _is_due(self, unit: Unit, *, in_steps: int = 0) -> bool:
         tier = self.tier_of(unit)
@@ -384,7 +361,7 @@ class TieredStore:
         return segment.is_trainable and (self._is_due(segment.unit) or self._is_due(segment.unit, in_steps=1))
 
     def _refuse_if_inconsistent(self) -> None:
-        if (reason := self.residency.inconsistent_reason) is not None:
+        if (reason := self._locations.inconsistent_reason) is not None:
             raise StoreError(
                 f"An error struck in {self.journal.path.parent} while {reason}, so what memory holds is not known. "
                 "What is on disk is sound: make a new trainer and pass `resume_from_checkpoint=True`."

@@ -50,7 +50,7 @@ class Writer:
             self._others.append(before)
         return left
 
-    def later(self, work: Callable[P, None], *args: P.args, **named: P.kwargs) -> None:
+    def later(self, work: Callable[P, object], *args: P.args, **named: P.kwargs) -> None:
         """Do something else, later."""
         self._others.append(self._thread.submit(work, *args, **named))
 
