@@ -38,10 +38,10 @@ class ZOArguments:
         > Parameters that control where the weights live
 
         device_memory (`str` or `int`, *optional*, defaults to `"auto"`):
-            Ceiling for weights, transfer ring and scratch on the execution device: a size (`"8GB"` is 8e9 bytes,
-            `"8GiB"` is 8 x 2^30, an integer is bytes), `"min"` for the least that works, or `"auto"` for 90 % of the
-            free GPU memory (half of the available RAM on a machine without a GPU). With several processes it is the
-            ceiling of each.
+            Ceiling for weights, transfer ring, scratch and (on a GPU) activations on the execution device: a size
+            (`"8GB"` is 8e9 bytes, `"8GiB"` is 8 x 2^30, an integer is bytes), `"min"` for the least that works, or
+            `"auto"` for 90 % of the free GPU memory (half of the available RAM on a machine without a GPU).
+            With several processes it is the ceiling of each.
         cpu_memory (`str` or `int`, *optional*, defaults to `"auto"`):
             Host memory for blocks that do not fit the device (pinned when there is a GPU): a size, `"0"`, or `"auto"`
             for 70 % of the available RAM. Blocks that fit neither are on disk. A size applies to each process;
@@ -110,7 +110,8 @@ class ZOArguments:
     device_memory: str = field(
         default="auto",
         metadata={
-            "help": 'Ceiling for weights, ring and scratch on the device: a size such as "8GB", "auto" or "min".'
+            "help": "Ceiling for weights, ring, scratch and (on a GPU) activations on the device: a size such as "
+            '"8GB", "auto" or "min".'
         },
     )
     cpu_memory: str = field(
