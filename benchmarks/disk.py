@@ -99,7 +99,8 @@ def measure(folder: Path, *, hidden: int, n_units: int, repeats: int) -> dict[st
     samples: dict[str, list[Sample]] = {}
     with opened(layout, folder, LOCAL) as direct, opened(layout, folder, ThroughPageCache(), like=direct) as cached:
         extents = [
-            (direct.files.path(u, r), u.n_bytes) for u, r in zip(layout.units, direct.files.founding, strict=True)
+            (direct.files.path(unit, record), unit.stored_bytes)
+            for unit, record in zip(layout.units, direct.files.first_records, strict=True)
         ]
         can_read_direct = reads_directly(extents[0][0])
         depth = drive_rates(extents)
@@ -179,7 +180,7 @@ def opened(layout: Layout, folder: Path, fs: FS, *, like: Residency | None = Non
         if like is None:
             residency.populate(random_bits, keep_base=False)
         else:
-            for unit, record in zip(layout.units, like.files.founding, strict=True):
+            for unit, record in zip(layout.units, like.files.first_records, strict=True):
                 tiers.disk.open_version(unit, record)
         residency.transfers.make_staging(placement.largest_segment_bytes)
         yield residency
@@ -193,7 +194,7 @@ def through_store(residency: Residency, *, check_all: bool, cold: Path | None = 
     `cold` is a folder whose files are dropped from the page cache before each read.
     """
     segments = residency.layout.segments
-    largest = max(segment.n_bytes for segment in segments)
+    largest = max(segment.stored_bytes for segment in segments)
     residency.transfers.will_write_back = lambda segment: check_all
     samples: list[Sample] = []
     fetcher = Prefetcher(

@@ -107,7 +107,7 @@ def make_store(
     tiers = Tiers(gpu=DeviceTier(CPU), cpu=HostTier(in_cpu, pinned=False), disk=disk(files, fs=fs))
     residency = Residency(layout, placement, tiers=tiers, files=files, device=CPU)
     residency.populate(source_of(model), keep_base=False)
-    journal = Journal.create(folder / "journal", header={}, units=files.founding, sync_every=0)
+    journal = Journal.create(folder / "journal", header={}, units=files.first_records, sync_every=0)
     files.attach(journal, layout.units)
     return TieredStore(
         residency, journal=journal, logbook=Logbook.open(folder / "logbook"), rule=rule(), device=CPU,

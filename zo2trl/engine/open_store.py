@@ -151,7 +151,7 @@ def _begin(
     fs.sync_tree(folder.model)
     header = {**run.header(), "store": run.store_id, "base": base_digest(run.layout, crcs)}
     journal = Journal.create(
-        folder.journal, header=header, units=files.founding, fs=fs, sync_every=run.sync_every
+        folder.journal, header=header, units=files.first_records, fs=fs, sync_every=run.sync_every
     )  # fmt: skip
     undo.callback(journal.close)
     files.attach(journal, run.layout.units)

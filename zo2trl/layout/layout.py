@@ -1,6 +1,6 @@
 """Units, segments and visit points: which bytes belong together, and where in a forward they are needed.
 
-Does not: look at a model (model_layout.py), place units in tiers (placement.py), move or read weights, know probes.
+Does not: look at a model (model_layout.py), place units in tiers (planning/placement.py), or move or read weights.
 Every size exists twice: `n_bytes`, `byte_start` and `byte_offset` count decoded bytes, which models compute on and
 spans lie in; `stored_bytes`, `stored_start` and `stored_offset` count those that tiers, links and files hold. They are
 equal where all tensors are plain, as in every trained unit.
@@ -31,7 +31,7 @@ __all__ = [
     "trained_part",
 ]
 
-ALIGNMENT_BYTES = 4096  # of segments in device memory: kernels and reads past the page cache want aligned starts
+ALIGNMENT_BYTES = 4096  # of segments in device memory: kernels and reads past the page cache need aligned starts
 
 Kind = Literal["root", "shared", "block", "adapter"]
 
@@ -97,8 +97,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What has a home in one tier: the tensors of one block (or of everything outside the blocks), all of them
-    trained or all of them frozen."""
+    """The tensors of one block (or of everything outside the blocks), all trained or all frozen: they have one home in
+    one tier."""
 
     index: int
     name: str
@@ -154,7 +154,7 @@ class Segment:
 
     @property
     def is_trainable(self) -> bool:
-        """False when nothing in it is ever perturbed, updated or written."""
+        """Whether it is perturbed, updated and written; False if all of it is frozen."""
         return bool(self.spans)
 
 
@@ -217,12 +217,12 @@ class Layout:
 
 
 def trained_part(name: str) -> str:
-    """Name of the unit that holds what is trained of what unit `name` holds the frozen rest of."""
+    """Name of the unit with the trained tensors of a block or root whose frozen tensors are in unit `name`."""
     return f"{name} (trainable)"
 
 
 def spans_of(tensors: Sequence[TensorSpec], byte_start: int) -> Iterator[Span]:
-    """Runs of consecutive trainable tensors that share dtype and decay, in a buffer that starts at `byte_start`."""
+    """Group consecutive trainable tensors that share dtype and decay, in a buffer that starts at `byte_start`."""
     run: list[TensorSpec] = []
     for tensor in [*tensors, None]:
         kind = (tensor.dtype, tensor.decays) if tensor is not None and tensor.trainable else None

@@ -1,8 +1,8 @@
-"""The file `layout.json` of a store: its units, and checksums of the weights its run began with, without the model.
+"""Layout file: writes and reads `layout.json`, the units of a store and checksums of the weights its run began with.
 
-Does not: look at a model or at weights; compare anything with a journal.
+Does not: need the model or its weights, or compare anything with a journal.
 Invariant: what is read back has the digest and the spans of what was written, whatever its granularity was, so a
-replay on whole units gives the same bits as the run. Nothing in the file is believed before it is checked, and reading
+replay on whole units gives the same bits as the run. Every field of the file is checked before it is used, and reading
 takes memory in proportion to the file, whatever sizes it claims.
 
 ::
@@ -47,7 +47,7 @@ _CURE = "Restore the file from a copy."
 
 @dataclass(frozen=True)
 class StoredLayout:
-    """What a `layout.json` says."""
+    """The content of a `layout.json`."""
 
     units: tuple[Unit, ...]
     base_crcs: dict[int, int]
@@ -124,7 +124,7 @@ def read_layout(path: Path, *, fs: FS = LOCAL) -> StoredLayout:
 
 
 def base_digest(layout: Layout | StoredLayout, base_crcs: Mapping[int, int]) -> str:
-    """SHA-256 over the names and checksums of all tensors, in order of their ids: which weights a run began with."""
+    """SHA-256 over names and checksums of all tensors, by id: identifies the weights a run began with."""
     named = {spec.tensor_id: spec.name for unit in layout.units for spec in unit.tensors}
     rows = [[named[tensor_id], base_crcs[tensor_id]] for tensor_id in sorted(named)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -168,7 +168,7 @@ def _read_tensor(fields: Fields, *, offset: int, stored_offset: int) -> TensorSp
     if trainable and not dtype.is_floating_point:
         raise fields.refuse("trainable", f"a tensor of {dtype} cannot be trained")
     if not is_known(stored := fields.text("stored")):
-        raise fields.refuse("stored", f"{stored[:40]!r} is no form of weights that this zo2trl knows")
+        raise fields.refuse("stored", f"{stored[:40]!r} is no form of weights that this zo2trl can read")
     if trainable and stored != PLAIN.identity:
         raise fields.refuse("stored", f"a tensor that is trained is stored as it is, not as {stored}")
     return TensorSpec(

@@ -1,7 +1,7 @@
-"""Quantised parameters: weights in a form that only the module they are in can read, with more state beside them.
+"""Quantised parameters: recognises weights in a form that only the module they are in can read.
 
 bitsandbytes keeps blocks of bytes and a `quant_state`, torchao a tensor that is made of several. The store lends flat
-bytes of one dtype, so it leaves these where they are: on the device, resident, frozen.
+bytes of one dtype, so these stay where they are: on the device, resident, frozen.
 
 Does not: quantise, read such weights, or count what their modules keep beside them.
 """
@@ -29,14 +29,14 @@ def quantised_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def quantised_bytes(parameter: nn.Parameter) -> int:
-    """What one takes on the device."""
+    """Bytes that one takes on the device."""
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in _plain_tensors(parameter))
 
 
 def quantised_digest(model: nn.Module) -> str | None:
     """SHA-256 of the names of all quantised parameters; None if there are none.
 
-    Their bytes say less than one would think: bitsandbytes packs them anew in the first forward.
+    Their bytes are no identity: bitsandbytes packs them anew in the first forward.
     """
     names = list(quantised_parameters(model))
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest() if names else None

@@ -1,4 +1,4 @@
-"""Device tier: units that never leave the execution device ("gpu" also names the main memory of a CPU-only machine).
+"""Device tier: units live on the execution device ("gpu" also names the main memory of a CPU-only machine).
 
 Invariant: a unit's buffer keeps its address as long as the unit lives here.
 """
@@ -18,7 +18,7 @@ class DeviceTier:
     """One buffer per unit on the execution device; those of units that never leave, `permanent`, in one arena.
 
     An allocator gives memory back segment by segment, and small buffers that stay lie in the segments of large ones:
-    each adapter of OPT-13B kept a whole block's memory from whoever might need it.
+    each adapter of OPT-13B kept a whole block's memory from other uses.
     """
 
     name: TierName = "gpu"

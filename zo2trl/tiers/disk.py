@@ -1,15 +1,15 @@
-"""Disk tier: units in files, read with pread and mapped for those who look at them.
+"""Disk tier: units live in files, which the engine reads with pread and users see through maps.
 
 A unit's home is the newest version of its file; that of a frozen one may be in other files (original_files.py).
 
 Never written through a map: a full disk under a writable map kills the process, under pwrite it is an error. And never
-read through one by the engine: a drive that fails, or a file that somebody cuts, is an error too, not a SIGBUS.
+read through one by the engine: a drive that fails, or a file that is cut, is an error too, not a SIGBUS.
 
 Invariants:
 - A published version is never written to again (unit_files.py).
 - A tensor is compared with its checksum at its first read after the version was opened, and then at least once in
-  `CHECK_EVERY` reads, at a phase of its own, so that no step has to compare much more than another. Who is going to
-  write back what was read asks for everything to be compared: damage never gets a checksum that fits.
+  `CHECK_EVERY` reads, at a phase of its own, so that no step has to compare much more than another. Before bytes
+  that were read are written back, all of them are compared: damage never gets a checksum that fits.
 """
 
 import threading
@@ -37,7 +37,7 @@ CHECK_EVERY = 16
 
 
 class DiskHome:
-    """A unit's bytes in files that nobody writes to. They stay readable while anybody holds this object.
+    """A unit's bytes in files that are not written to any more. They stay readable while this object is referenced.
 
     Args:
         unit: what is there.
@@ -46,7 +46,7 @@ class DiskHome:
 
     unit: Unit
     close: Callable[[], Any]
-    """For when nobody reads any more; else the last user closes it by letting go."""
+    """Close the files at once; otherwise they are closed when the last reference to this object goes."""
 
     _ages: dict[int, int]  # tensor id -> reads since it was last compared; not there: it never was
 
@@ -55,15 +55,15 @@ class DiskHome:
         self._ages = {}
         self._lock = threading.Lock()
 
-    # -- what a kind of home knows
+    # -- what depends on the kind of home
 
     def read_at(self, into: memoryview, offset: int, *, directly: bool) -> None:
-        """Bytes of the unit; `directly`: past the page cache where that is possible."""
+        """Read bytes of the unit; `directly`: past the page cache where that is possible."""
         raise NotImplementedError
 
     @property
     def is_shown(self) -> bool:
-        """Somebody may hold a view of it, and may have written there: nobody sees that but this process."""
+        """Whether views of it exist. Users may have written into them, which only this process can see."""
         raise NotImplementedError
 
     def shown(self, offset: int, n_bytes: int) -> np.ndarray:
@@ -93,9 +93,9 @@ class DiskHome:
         Args:
             position: records of the journal that they have absorbed.
             check_all: compare all of them with their checksums; else those whose turn it is.
-            beside_view: bring what somebody wrote into the view, where that differs from the file. (All is compared
+            beside_view: give the bytes of the view where they differ from the file. (All is compared
                 then, and read through the page cache as the view is: else damage to one of two copies of the file
-                would pass for what somebody wrote.)
+                would pass for a change of the view.)
         """
         beside_view = beside_view and self.is_shown
         with self._lock:
@@ -127,7 +127,7 @@ class DiskHome:
                 yield spec.stored_offset, data
 
     def compare(self, found: dict[int, int]) -> None:
-        """Tensor id -> CRC32 of what was read. Raises `StoreCorrupt` if one is not what it should be."""
+        """Compare CRC32s of what was read (by tensor id) with the expected ones; `StoreCorrupt` if one differs."""
         for number, spec in enumerate(self.unit.tensors):
             if spec.tensor_id in found:
                 crc, expected = found[spec.tensor_id], self._crcs[spec.tensor_id]
@@ -182,7 +182,7 @@ class VersionHome(DiskHome):
 
 
 class DiskReading:
-    """Consecutive tensors on their way from a version."""
+    """Reads consecutive tensors of one home, in pieces, and sums up those that are compared."""
 
     def __init__(
         self,
@@ -197,8 +197,8 @@ class DiskReading:
         self.is_checked = len(chosen) == len(tensors)
         """Every byte is compared, once `finish` returns."""
         self.was_written_to = False
-        """Somebody changed the view of these tensors, and this is what they wrote: a copy-on-write map keeps that in
-        this process, where reading the file does not see it."""
+        """The view of these tensors was changed, and the bytes are those of the view: a copy-on-write map keeps them
+        in this process, and reading the file does not show them."""
         self._home, self._start, self._beside_view = home, tensors[0].stored_offset, beside_view
         self._sums = TensorSums(chosen)
 
@@ -218,24 +218,24 @@ class DiskReading:
                 self.was_written_to = True
 
     def finish(self) -> None:
-        """All was read. Raises `StoreCorrupt` if what was to be compared is not what it should be."""
+        """Compare checksums, when all was read. Raises `StoreCorrupt` if one differs."""
         self._home.compare(self._sums.crcs())
 
 
 class Originals(Protocol):
-    """What `DiskTier` asks for homes in files that it does not own; see original_files.py."""
+    """Finds homes in files that the store does not own; see original_files.py."""
 
     def home(self, unit: Unit, source: Source) -> DiskHome | None:
         """A home that holds what `source` gives, byte for byte, if there is one."""
         ...
 
     def close(self) -> None:
-        """No home is used any more."""
+        """Close the files; no home in them is used any more."""
         ...
 
 
 class DiskTier:
-    """Residency of units in files.
+    """Homes of units in files.
 
     Args:
         files: versions of units.
@@ -268,7 +268,7 @@ class DiskTier:
         self.open_version(unit, self._files.publish(draft, is_base=self._keep_base and unit.is_trained))
 
     def find(self, unit: Unit, source: Source) -> bool:
-        """Live in files that are there already; False if there are none."""
+        """Make files that are there already the home of a unit; False if there are none."""
         home = None if unit.is_trained or self._originals is None else self._originals.home(unit, source)
         if home is not None:
             self._homes[unit.index] = home
@@ -324,7 +324,7 @@ class DiskTier:
         return self._homes[unit.index].tensors()
 
     def drop(self, unit: Unit) -> None:
-        """Forget a home; its file stays, and is closed by whoever reads it last."""
+        """Forget a home. Its file stays, and is closed after the last read."""
         self._homes.pop(unit.index, None)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""First weights: those a run began with are noted by their checksums, and compared when the run goes on.
+"""First weights: notes the checksums of the weights a run begins with, and compares them when the run goes on.
 
-Does not: know where they are kept.
+Does not: keep the checksums (layout/layout_file.py does).
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ def comparing(source: Source, crcs: Mapping[int, int], store: Path) -> Source:
         found = padded_crc(spec, host_bytes(value))
         if found != crcs[spec.tensor_id]:
             raise StoreForeign(
-                f"{spec.name} is not what it was when {store} was founded (CRC {found:08x}, then "
+                f"{spec.name} is not what it was when the run in {store} began (CRC {found:08x}, then "
                 f"{crcs[spec.tensor_id]:08x}), and the run continues from those weights. Load the same model as then, "
                 "or start anew with another `store_dir`."
             )

@@ -1,4 +1,4 @@
-"""The folder of a store: whose it is, what lies where in it, and what becomes of an earlier run.
+"""Store folder: finds the files of a run, locks the folder to one model and process, and keeps an earlier run.
 
 Does not: read or write weights or records.
 
@@ -16,7 +16,7 @@ Does not: read or write weights or records.
     └── journal-N.old ...   the steps of runs that were started over
 
 Invariants:
-- A folder that holds anything we did not write is never written to.
+- A folder with a file that zo2trl did not write is never written to.
 - A run with steps is set aside when another begins, and reduced to its journal only when that one makes a step: a
   script that looks at the model before it resumes loses nothing.
 """
@@ -33,10 +33,10 @@ from zo2trl.journal.journal import Journal
 
 __all__ = ["StoreFolder", "where_it_may_be"]
 
-FORMAT = 2
+STORE_FORMAT = 2
 _DESCRIPTION = "store.json"
 _EARLIER = "earlier"
-_STORES_BELOW = ("rank-0", "store", "store/rank-0")  # of several processes; of a trainer that was not told where
+_STORES_BELOW = ("rank-0", "store", "store/rank-0")  # of several processes; of a trainer without a `store_dir`
 _MOVING = "journal.moving"
 _OF_A_RUN = ("journal", "logbook", "layout.json", "model", "units")  # the journal first: without it nothing counts
 _MAX_DESCRIPTION_BYTES = 1 << 20
@@ -52,7 +52,7 @@ class StoreFolder:
 
     @classmethod
     def own(cls, path: Path, *, layout_digest: str, also_ours: Collection[str] = (), fs: FS = LOCAL) -> Self:
-        """Lock the folder, made if missing, and write whose it is. `also_ours` are digests the same model had before.
+        """Lock the folder, made if missing, and write which model it belongs to. `also_ours`: its earlier digests.
 
         Raises:
             StoreForeign: the folder holds files that are not a store, or the store of another model.
@@ -61,14 +61,14 @@ class StoreFolder:
         """
         folder = cls(path, fs=fs)
         fs.make_dir(path)
-        for parent in path.absolute().parents[:2]:  # whoever made them may not have synced their names
+        for parent in path.absolute().parents[:2]:  # their names may not be synced yet
             fs.sync_folder(parent)
         folder._refuse_foreign(layout_digest, also_ours)
         folder._lock = fs.lock(path / "lock")
         try:
             folder._finish_moves()
             fs.write_text_atomically(
-                path / _DESCRIPTION, json.dumps({"format": FORMAT, "layout": layout_digest}, indent=1)
+                path / _DESCRIPTION, json.dumps({"format": STORE_FORMAT, "layout": layout_digest}, indent=1)
             )
         except BaseException:
             folder.close()
@@ -146,7 +146,7 @@ class StoreFolder:
         return self._fs.exists(self.journal)
 
     def drop_earlier_run(self) -> None:
-        """The present run has its first step: of the one before, keep the journal as `journal-N.old`."""
+        """Reduce the earlier run to its journal, `journal-N.old`, because the present one has its first step."""
         earlier = self.path / _EARLIER
         if not self._fs.exists(earlier):
             return
@@ -168,7 +168,7 @@ class StoreFolder:
             return None
 
     def _move_run(self, here: Path, there: Path) -> None:
-        """The journal leaves first and arrives last, so that at no moment it counts without its units."""
+        """Move a run: the journal leaves first and arrives last, so that it never counts without its units."""
         self._fs.make_dir(there)
         if self._fs.exists(here / "journal"):
             self._fs.rename(here / "journal", there / _MOVING)
@@ -188,7 +188,7 @@ class StoreFolder:
             self._fs.sync_folder(there)
 
     def _finish_moves(self) -> None:
-        """What a crash interrupted goes on in the direction it had."""
+        """Finish moves that a crash interrupted, in the direction they had."""
         earlier = self.path / _EARLIER
         for here, there in ((self.path, earlier), (earlier, self.path)):
             if self._fs.exists(there / _MOVING):
@@ -201,7 +201,7 @@ class StoreFolder:
                 if name == "journal":
                     self._fs.sync_folder(folder)
 
-    # -- whose it is
+    # -- which model it belongs to
 
     def _refuse_foreign(self, layout_digest: str, also_ours: Collection[str]) -> None:
         # A run that died while it made the folder leaves a lock and half a description.
@@ -233,10 +233,10 @@ class StoreFolder:
             ) from error
 
     def _refuse_other(self, found: tuple[object, object], digests: Collection[str]) -> None:
-        if found[0] != FORMAT or found[1] not in digests:
+        if found[0] != STORE_FORMAT or found[1] not in digests:
             raise StoreForeign(
                 f"`store_dir` {self.path} holds the store of another model or of other trainable parameters (format "
-                f"{found[0]}, layout {str(found[1])[:12]}; this run: format {FORMAT}, layout "
+                f"{found[0]}, layout {str(found[1])[:12]}; this run: format {STORE_FORMAT}, layout "
                 f"{next(iter(digests))[:12]}). Nothing was changed. Choose another `store_dir`, or delete that folder "
                 "if its run is no longer needed."
             )
@@ -246,6 +246,6 @@ class StoreFolder:
 
 
 def where_it_may_be(path: Path, *, fs: FS = LOCAL) -> str:
-    """What to say of a folder that is no store: there may be one in it."""
+    """Advice for a folder that is no store: there may be one in it."""
     below = [path / name for name in _STORES_BELOW if fs.exists(path / name / "journal")]
     return f"Did you mean {below[0]}?" if below else "Check the path."

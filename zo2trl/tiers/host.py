@@ -1,4 +1,4 @@
-"""Host tier: units in main memory, each in a buffer of exactly its size, pinned when the execution device is a GPU.
+"""Host tier: units live in main memory, each in a buffer of exactly its size, pinned if the device is a GPU.
 
 torch rounds every pinned tensor up to a power of two, which would waste up to half of the memory; buffers registered
 with CUDA cost exactly what the placement promised.
@@ -52,8 +52,8 @@ def _pinned_bytes(n_bytes: int) -> torch.Tensor:
 
 
 class HostTier:
-    """Residency of units in main memory; those of `units` are reserved at once, so that a machine that is too small is
-    found out before anything is moved."""
+    """Homes in main memory. Those of `units` are reserved at once, so that too small a machine is found out before
+    anything is moved."""
 
     name: TierName = "cpu"
 

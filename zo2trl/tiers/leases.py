@@ -1,7 +1,7 @@
-"""Lease: one segment's weights, lent for one visit and brought up to date in the same pass as its probes are made.
+"""Lease: one segment's weights for one visit, brought up to date in the same pass as its probes are made.
 
 Does not: fetch, catch up or write back by itself; the store does.
-Invariant: what is kept at home, or on its way there, is never perturbed.
+Invariant: bytes that stay at home, or are written back, are never perturbed.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,14 +29,14 @@ class Lease:
     position: int
     """Records of the journal that `weights` have absorbed."""
     writes_back: bool
-    """It is their turn to be stored at home, with every record absorbed."""
+    """They are stored at home after this visit, with every record absorbed."""
     materialize: Materialize
     fetch: Fetch | None = None
     write: Future | None = None
 
     @property
     def may_be_perturbed(self) -> bool:
-        """Whether a probe may take their place: they are a copy that nobody wants back."""
+        """Whether a probe may take their place: they are a copy that is not written back."""
         return self.fetch is not None and not self.writes_back
 
     def clean(self) -> torch.Tensor:

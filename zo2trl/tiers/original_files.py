@@ -1,9 +1,9 @@
-"""Original files: frozen units that live in the checkpoint they were loaded from, without a copy of a byte.
+"""Original files: lets frozen units live in the checkpoint they were loaded from, without a copy of a byte.
 
-transformers maps safetensors files instead of reading them. So where a parameter's bytes lie in a file is known to the
-kernel, whatever a loader, PEFT or the user has done to names since.
+transformers maps safetensors files instead of reading them. So the kernel's table of maps shows where
+a parameter's bytes lie in a file, whatever a loader, PEFT or the user has done to names since.
 
-Does not: write, or take the map's word for it: each byte is read from the file and compared before a unit lives there.
+Does not: write, or trust the maps: each byte is read from the file and compared before a unit lives there.
 Invariant: a unit lives in files only if all of its tensors do, in the dtype and the order of elements they are used
 in. Where that is not so (a tensor was cast, fused, or never came from a file), the store keeps a copy.
 
@@ -40,7 +40,7 @@ _LENGTH_BYTES = 8  # of a safetensors header's length, which the header follows
 
 
 class OriginalFile:
-    """A file that somebody else owns, open for reading."""
+    """A file that the store does not own, open for reading."""
 
     def __init__(self, path: Path, *, fs: FS) -> None:
         self.path, self._fs = path, fs
@@ -158,7 +158,7 @@ class OriginalFiles:
 
 
 class OriginalHome(DiskHome):
-    """A frozen unit's tensors where they have always been."""
+    """The home of a frozen unit in the files it was loaded from."""
 
     def __init__(self, unit: Unit, crcs: dict[int, int], places: list[_Place]) -> None:
         super().__init__(unit, crcs)
@@ -166,7 +166,7 @@ class OriginalHome(DiskHome):
         self._is_shown = False
 
     def close(self) -> None:
-        """The files are closed by whoever opened them."""
+        """Nothing: `OriginalFiles` closes the files."""
 
     @traced("disk read", lambda home, *_, **__: home.unit.name)
     def read_at(self, into: memoryview, offset: int, *, directly: bool) -> None:
@@ -225,7 +225,7 @@ class OriginalHome(DiskHome):
 
 
 def _is_there(place: _Place, wanted: memoryview) -> bool:
-    """Whether a file has what memory has: somebody may have written into the map, or into the file."""
+    """Whether a file has what memory has: the map or the file may have been written to."""
     data = np.frombuffer(wanted, np.uint8)
     buffer = np.empty(min(READ_PIECE_BYTES, len(data)), np.uint8)
     for start in range(0, len(data), READ_PIECE_BYTES):

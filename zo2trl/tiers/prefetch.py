@@ -1,8 +1,8 @@
 """Prefetcher: copies segments from their homes into a ring of device memory, ahead of the traversal.
 
-Does not: apply steps, write anything back, or know why a segment is wanted.
+Does not: apply steps, write anything back, or depend on why a segment is needed.
 
-The order is cyclic and known, but only a hint: a taker that asks for something else gets it, at the price of what was
+The order is cyclic and known, but only a hint: a caller that takes another segment gets it, at the price of what was
 fetched in vain. Fetching runs on across the end of a step into the next one.
 
 Loads from host memory only enqueue a copy: one thread does that, in order. Loads from disk take their time, so they
@@ -10,7 +10,7 @@ have threads of their own, and no upload waits behind a read.
 
 Invariant: a byte of the ring is owned by exactly one fetch from the moment its load is submitted until it is given
 back. It is used again only after the jobs that may still touch it (a load, or a write-back reading it) have ended; a
-job's failure is kept in its future and raised to whoever waits for it, so nobody waits for ever.
+job's failure is kept in its future and raised where the result is awaited, so no thread waits for ever.
 """
 
 from bisect import bisect_left
@@ -31,28 +31,30 @@ from zo2trl.tiers.ring import Region, Ring, Slot, plan_regions
 
 __all__ = ["Arrival", "Fetch", "Load", "Prefetcher", "Slot"]
 
-N_DISK_FETCHES = 2  # segments read from disk at once: the drive goes on with the next one while the last is brought up
+N_DISK_FETCHES = (
+    2  # segments read from disk at once: the drive reads the next one while the last one is copied to the device
+)
 
 
 class Arrival(NamedTuple):
-    """What a load says of the bytes it brought."""
+    """What is known of the bytes that a load brought."""
 
     position: int
     """Records of the journal that they have absorbed."""
     was_written_to: bool = False
-    """Somebody wrote into the segment's view at home, and this is what they wrote."""
+    """The segment's view at home was changed, and the bytes are those of the view."""
     is_checked: bool = True
     """Every byte was compared with its checksum on this very read: only then may it be written back."""
 
 
 Load = Callable[[Segment, Slot], Arrival]
 """Fills a slot with a segment's bytes, in a fetch thread. On a GPU all copies into slots are enqueued on one stream,
-after the slot's `released` events, so that a copy nobody waited for ends before that of the slot's next tenant."""
+after the slot's `released` events, so that a copy that was not awaited ends before that of the slot's next tenant."""
 
 
 @dataclass(eq=False)
 class Fetch:
-    """A segment on its way into a slot, or there."""
+    """A segment that is being loaded into a slot, or is there."""
 
     segment: Segment
     slot: Slot
@@ -73,8 +75,8 @@ class Prefetcher:
         ring_bytes: device memory to use.
         device: where that is.
         on_disk: whether loading a segment means reading a file.
-        upcoming: told which segments on disk come next, in order, whenever others were begun or dropped; until the
-            ring has room for them, they may be read into host memory.
+        upcoming: receives the segments on disk that come next, in order, whenever others were begun or dropped; until
+            the ring has room for them, they may be read into host memory.
     """
 
     _order: list[Segment]
@@ -112,7 +114,7 @@ class Prefetcher:
             self._refill()
 
     def take(self, segment: Segment) -> tuple[Fetch, Arrival]:
-        """The segment's bytes in a slot, and what the load says of them; waits for it.
+        """Wait for a segment's bytes in a slot, and what is known of them.
 
         Raises:
             TraversalError: what is lent already leaves no room for it.
@@ -138,7 +140,7 @@ class Prefetcher:
         return fetch, arrival
 
     def give_back(self, fetch: Fetch, *, after: Future | None = None) -> None:
-        """End a taker's use of a slot; it is filled again once `after` (a write-back reading it) has ended."""
+        """End the use of a slot; it is filled again once `after` (a write-back reading it) has ended."""
         on_gpu = self._device.type == "cuda"
         released = [torch.cuda.current_stream(self._device).record_event()] if on_gpu else []
         self._taken.remove(fetch)
@@ -157,7 +159,7 @@ class Prefetcher:
         self._uploader.shutdown(wait=True, cancel_futures=True)
         self._readers.shutdown(wait=True, cancel_futures=True)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # copies nobody took may still go where something else will be next
+            torch.cuda.synchronize(self._device)  # copies that were not taken may still write there
         self._ahead.clear()
         self._ring.close()
 
@@ -175,7 +177,7 @@ class Prefetcher:
             self._upcoming(self._not_begun())
 
     def _not_begun(self) -> Iterator[Segment]:
-        """Segments on disk that nobody has, in the order of need."""
+        """Segments on disk that are neither fetched nor lent, in the order of need."""
         held = {fetch.segment.index for fetch in (*self._ahead, *self._taken)}
         first = bisect_left(self._disk_positions, self._cursor)
         for position in (*self._disk_positions[first:], *self._disk_positions[:first]):
@@ -183,9 +185,9 @@ class Prefetcher:
                 yield self._order[position]
 
     def _may_start(self, segment: Segment) -> bool:
-        """Whether nobody has its region, and nobody has the segment itself.
+        """Whether its region is free, and the segment itself is neither fetched nor lent.
 
-        The bytes at home of one under the model's hands may be about to change: it comes round later.
+        The home of a segment that the model computes on may be about to change: it is fetched later.
         """
         region = self._regions[segment.index]
         return not any(
@@ -213,7 +215,7 @@ class Prefetcher:
     def _discard(self, fetch: Fetch) -> None:
         slot = fetch.slot
         left = [] if fetch.job.cancel() else [fetch.job]
-        # It may never have waited for those who were there before it: whoever comes next does.
+        # It may not have waited for the jobs that used its region before: the next fetch does.
         self._ring.leave(slot, released=slot.released, busy=[*slot.busy, *left])
 
     def _beside_what_is_lent(self, segment: Segment) -> Region:

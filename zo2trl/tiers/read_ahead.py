@@ -1,9 +1,9 @@
-"""Read-ahead: segments on disk whose turn comes, read into staging memory before there is a slot for them.
+"""Read-ahead: reads the next segments on disk into staging memory before there is a slot for them.
 
 With units in host memory between those on disk, a slot is free for the next disk segment only a moment before it is
 wanted, and until then the drive would idle.
 
-Does not: know the order of a traversal (the prefetcher tells) or where bytes go (staging.py).
+Does not: choose the order (the prefetcher announces it) or the memory (staging.py).
 Invariant: a segment is begun in the order of need, and all of it before the next one.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["ReadAhead"]
 
 
 class ReadAhead(Generic[R]):
-    """What was begun and not loaded yet. `open` starts to read a segment from its home, in a reader's thread."""
+    """Readings that were begun and are not loaded yet. `open` starts to read a segment from its home."""
 
     _begun: dict[int, Begun[R]]  # segment -> reading
     _upcoming: list[Segment]  # the next ones in the order of need, as many as could ever be begun
@@ -36,7 +36,7 @@ class ReadAhead(Generic[R]):
         staging.on_room = self._go_on
 
     def announce(self, upcoming: Iterable[Segment]) -> None:
-        """These come next, in this order: read as much of them as there is memory for. If none do, forget all."""
+        """Read as much of the next segments, in this order, as there is memory for. If none come, forget all."""
         with self._lock:
             self._upcoming = list(_filling(self._staging.ahead_bytes, upcoming))
             if self._upcoming:
@@ -54,7 +54,7 @@ class ReadAhead(Generic[R]):
         return begun.reading
 
     def _go_on(self) -> None:
-        """Also while a load gives its memory back piece by piece: the drive need not wait until the traversal asks."""
+        """Read on; also while a load gives its memory back piece by piece, so that the drive need not wait."""
         with self._lock:
             for segment in self._upcoming:
                 begun = self._begun.setdefault(segment.index, self._new(segment))

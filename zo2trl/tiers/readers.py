@@ -1,6 +1,6 @@
-"""Readers: threads that bring a segment from disk in pieces, several at once, and aligned memory for them to land in.
+"""Readers: threads that read a segment from disk in several pieces at once, and aligned memory for these.
 
-Does not: know files, devices or checksums; what is to be done with a piece is the caller's work.
+Does not: open files, copy to devices or compare checksums: the caller passes the work on a piece.
 Invariant: when `run` returns or raises, no thread works on its pieces any more.
 
 A drive needs some ten MB under way to be busy all the time. More does not help it, and costs: memory that is filled
@@ -22,7 +22,7 @@ READ_PIECE_BYTES = 4 << 20
 
 
 class Readers:
-    """The threads. What comes first is begun first."""
+    """The threads, which begin pieces in the order of their submission."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(N_READ_THREADS, thread_name_prefix="zo2trl-read")
@@ -48,7 +48,7 @@ class Readers:
 
 
 class Batch:
-    """Batch that are being worked on. Whoever began them has to `end` them."""
+    """Pieces that threads work on. The caller that began them has to `end` them."""
 
     def __init__(self, work: Callable[[int, int], None]) -> None:
         self.jobs: list[Future[None]] = []
@@ -66,7 +66,7 @@ class Batch:
             raise
 
     def give_up(self) -> None:
-        """Leave what was not begun."""
+        """Do not begin further pieces."""
         self._is_given_up.set()
 
     def end(self) -> None:

@@ -1,10 +1,10 @@
-"""Ring: the device memory that segments pass through, where in it each of them lies, and who was there last.
+"""Ring: the device memory that segments pass through, the region of each of them, and the last use of every byte.
 
-Does not: fetch, or know what is ahead and what is lent (prefetch.py).
+Does not: fetch, or track what is ahead and what is lent (prefetch.py).
 Invariants:
 - Where a segment lies is a pure function of the order and of the ring's size, so it has one address in every step.
-- Whoever gets a region waits for all who used any of its bytes last: their jobs before it is filled by the host, their
-  kernels before it is filled by the device.
+- A region is filled again only after the last uses of all of its bytes: the host waits for their jobs, the device for
+  their kernels.
 """
 
 from collections import deque
@@ -67,8 +67,8 @@ def plan_regions(order: Sequence[Segment], n_bytes: int) -> dict[int, Region]:
 def plan_ring(sizes: Sequence[int], n_bytes: int) -> list[int]:
     """Where segments of these sizes, which come round in this order for ever, start in a ring of `n_bytes` bytes.
 
-    One behind the other; where the next one does not fit, from 0 again. Two things are tried out by playing a
-    through (`makespan`), for both can leave the link idle:
+    One behind the other; where the next one does not fit, from 0 again. Two things are tried out by simulating a
+    traversal (`makespan`), for both can leave the link idle:
     - where to turn back to 0. Later is not always better: the hole behind the turn is lost, and what comes first after
       it may lie where its predecessor still is (OPT-13B on an H200: 459 ms a step with 3 times the largest leaf, 477
       with 2 times, and 485 with 2.5 times);
@@ -126,7 +126,7 @@ def _thinned(values: Iterable[int]) -> list[int]:
 def makespan(sizes: Sequence[int], starts: Sequence[int]) -> int:
     """How long a traversal over these segments takes, in bytes copied, if computing on one takes as long as its copy.
 
-    Copies run one after the other, each as soon as nobody uses its region any more. Balanced like that, every wait
+    Copies run one after the other, each as soon as its region is free. Balanced like that, every wait
     shows.
     """
     copied = used = 0
@@ -163,7 +163,7 @@ class _Use(NamedTuple):
 
 
 class Ring:
-    """The memory, and of every byte who used it last."""
+    """The memory, and the last use of every byte of it."""
 
     _uses: list[_Use]  # their regions do not overlap
 
@@ -179,7 +179,7 @@ class Ring:
             self._uses = [_Use(Region(0, n_bytes), (freed,), ())]
 
     def slot(self, region: Region) -> Slot:
-        """Lend a region that nobody else has now."""
+        """Lend a region that is free."""
         before = [use for use in self._uses if use.region.overlaps(region)]
         return Slot(
             region, self._memory[region.start : region.stop],
@@ -194,7 +194,7 @@ class Ring:
         self._uses = [*kept, _Use(region, tuple(released), tuple(busy))]
 
     def close(self) -> None:
-        """Free the memory, as soon as nobody holds a view of it any more."""
+        """Free the memory, as soon as no view of it is left."""
         self._memory = self._memory[:0].clone()
         self._uses = []
 

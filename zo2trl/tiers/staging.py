@@ -4,7 +4,7 @@ On a CPU-only machine a slot is host memory: reads land in it directly and nothi
 from disk goes through a few pinned pieces, each uploaded as soon as it is full, and likewise one that goes to disk;
 copies run on streams of their own and are ordered by events only.
 
-Does not: know files; a `Reading` does.
+Does not: open files or compare checksums; a `Reading` does.
 Invariants:
 - A staging piece is reused only after the copy that reads or fills it has finished.
 - All copies into slots run on one stream: that of a load that failed ends before that of the slot's next tenant.
@@ -37,7 +37,7 @@ R = TypeVar("R", bound=Reading)
 
 
 class _Piece:
-    """Staging memory, and the last copy from or to it. Who waits for that sleeps instead of spinning."""
+    """Staging memory, and the last copy from or to it. Waiting for that sleeps instead of spinning."""
 
     def __init__(self, memory: torch.Tensor, *, on_gpu: bool) -> None:
         self.memory = memory
@@ -65,7 +65,7 @@ class _Part(NamedTuple):
 
 
 class Begun(Generic[R]):
-    """A segment that is read from disk; the first parts of it perhaps before there is a slot. `open` starts it."""
+    """A segment that is being read from disk; parts of it may be read before there is a slot. `open` starts it."""
 
     def __init__(self, open: Callable[[], R], *, n_bytes: int) -> None:
         self.n_bytes = n_bytes
@@ -75,7 +75,7 @@ class Begun(Generic[R]):
 
     @property
     def reading(self) -> R:
-        """Opened by the first thread that asks."""
+        """The reading, which the first thread that needs it opens."""
         with self._lock:
             if self._reading is None:
                 self._reading = self._open()
@@ -147,7 +147,7 @@ class Staging:
         return True
 
     def abandon(self, begun: Begun) -> None:
-        """Nobody wants the parts of it that were read ahead."""
+        """Give back the memory of parts that were read ahead and are not needed."""
         while begun.parts:
             _, part = begun.parts.popitem()
             part.job.cancel()
@@ -170,7 +170,7 @@ class Staging:
                 self._upload_parts(begun, target)
             except BaseException:
                 others.give_up()
-                with suppress(BaseException):  # what failed first, in the order of bytes, is told
+                with suppress(BaseException):  # the first failure, in the order of bytes, is raised
                     others.end()
                 raise
             finally:
@@ -184,7 +184,7 @@ class Staging:
         begun.reading.fill(staged, start)
 
     def _upload_parts(self, begun: Begun, target: torch.Tensor) -> None:
-        """What was read ahead. Here, in the fetch thread: a reader that waited for another one would not read."""
+        """Upload what was read ahead, in the fetch thread: a reader that waited for another one would not read."""
         for start in sorted(begun.parts):
             part = begun.parts.pop(start)
             staged = part.piece.memory[: min(READ_PIECE_BYTES, begun.n_bytes - start)]

@@ -1,6 +1,6 @@
 """TieredStore: the one owner of a model's parameters, wherever their bytes live.
 
-Does not: know about models, modules, probes or losses; it lends clean bytes and absorbs records.
+Does not: see models, modules or losses, or choose probes; it lends clean bytes and absorbs records.
 
 Invariants:
 - What `lease` lends has absorbed every record of the journal, and holds no perturbation.
@@ -46,7 +46,7 @@ class TieredStore:
         write_schedule: how often units are written; may be replaced between steps.
         device: where leases are lent.
         on_first_step: called once, when the first step is durable.
-        on_close: called once when everything else is closed (gives up the folder).
+        on_close: called once when everything else is closed (releases the folder).
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class TieredStore:
 
     @uninterrupted
     def append(self, record: Record) -> None:
-        """Make a step durable in the journal; every unit absorbs it at its next visit, rest at once."""
+        """Make a step durable in the journal; every unit absorbs it at its next visit, the root at once."""
         self._refuse_if_read_only("train")
         self.history.forget_later()
         self.journal.append(record)
@@ -208,16 +208,16 @@ class TieredStore:
 
     @uninterrupted
     def weights_changed(self) -> None:
-        """Weights at home were changed from outside, or may soon be: forget what was fetched ahead."""
+        """Forget what was fetched ahead, because weights at home were changed from outside, or may be soon."""
         assert self._prefetcher is not None
         self._prefetcher.drop()
         self.residency.transfers.invalidate_views()
 
     @uninterrupted
     def commit_changes(self, units: Sequence[Unit]) -> None:
-        """Somebody wrote into these units' views: keep what they wrote, durably, as a new beginning.
+        """Keep what was written into these units' views, durably, as new base versions.
 
-        Steps before it do not lead there, so the journal alone is not enough any more to rebuild the weights.
+        Steps before them do not lead there, so the journal alone is not enough any more to rebuild the weights.
         """
         self._refuse_if_read_only("change weights")
         self.history.replace((unit, self._locations.view(unit)[0]) for unit in units)
@@ -225,7 +225,7 @@ class TieredStore:
 
     @uninterrupted
     def replace(self, source: Source) -> None:
-        """Overwrite every unit's weights, durably: a new beginning, as in `commit_changes`."""
+        """Overwrite every unit's weights, durably, with new base versions, as in `commit_changes`."""
         self._refuse_if_read_only("replace weights")
         self.history.replace((unit, gathered(unit, source)) for unit in self.layout.units)
         self.weights_changed()
@@ -357,7 +357,7 @@ class TieredStore:
         )
 
     def _may_be_due(self, segment: Segment) -> bool:
-        """Asked when a segment is fetched, which may be a step before it is used."""
+        """Whether a unit may be written back at the visit that a fetch is for, in this step or the next."""
         return segment.is_trainable and (self._is_due(segment.unit) or self._is_due(segment.unit, in_steps=1))
 
     def _refuse_if_inconsistent(self) -> None:

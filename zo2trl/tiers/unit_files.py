@@ -1,6 +1,6 @@
-"""Unit files: the versions of units on disk, and the order of operations that makes a new one the valid one.
+"""Unit files: the versions of units on disk, and the order of operations that makes a new version the valid one.
 
-Does not: know what a tier is, or when a unit should be written.
+Does not: place units in tiers, or decide when a unit is written.
 
 A file `<unit>@<position>` holds a unit's bytes after the first `position` records of the journal, then a table with
 one CRC32 (u32, little-endian) per tensor, so that damage is traced to a parameter. It counts from the moment its UNIT
@@ -8,7 +8,7 @@ record is in the journal: data synced -> folder synced -> UNIT record synced -> 
 
 Invariants:
 - A file that a UNIT record names is never written to again, and never holds perturbation.
-- An origin (weights that no record leads to: the first ones, or a state dict loaded later) is never unlinked.
+- A base version (weights that no record leads to: the first ones, or a state dict loaded later) is never unlinked.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ CHECK_BYTES = 64 * 2**20  # read at a time while a file is checked
 _MAX_NAME_BYTES = 200
 
 Report = Callable[[int, str], None]
-"""Told of damage in a file: (byte offset, what it is)."""
+"""Receives damage in a file: (byte offset, what is wrong)."""
 
 
 @dataclass(eq=False)
 class Draft:
-    """A version that is being written and does not count yet."""
+    """A version that is being written, and is not valid yet."""
 
     unit: Unit
     position: int
@@ -53,7 +53,7 @@ class Draft:
     path: Path
     fd: int | None
     crcs: dict[int, int] = field(default_factory=dict)  # tensor id -> CRC32 of its padded bytes
-    may_count: bool = False  # its record was handed to the journal: after an error nobody knows whether it is there
+    may_count: bool = False  # its record was handed to the journal: after an error it may be there or not
 
     def lacks(self) -> list[TensorSpec]:
         """Tensors that were not written yet."""
@@ -63,20 +63,20 @@ class Draft:
 class UnitFiles:
     """The versions of all units of one store.
 
-    Until `attach` the store is being founded: what is published is only collected in `founding`, for the journal that
-    will be created with it.
+    Until `attach` there is no journal: records of published versions are collected in `first_records`, and the journal
+    is created with them.
     """
 
-    founding: list[UnitRecord]
+    first_records: list[UnitRecord]
 
-    _versions: dict[int, list[UnitRecord]]  # unit -> origins and the newest version, oldest first
+    _versions: dict[int, list[UnitRecord]]  # unit -> base versions and the newest one, oldest first
     _commit: Callable[[UnitRecord], None]
 
     def __init__(self, folder: Path, *, fs: FS = LOCAL) -> None:
         self.folder, self._fs = folder, fs
         self._versions = {}
-        self.founding = []
-        self._commit = self.founding.append
+        self.first_records = []
+        self._commit = self.first_records.append
         self._journal: Journal | None = None
         self._failure: str | None = None
         self._can_read_direct: bool | None = None  # found out once, by the first file
@@ -87,11 +87,11 @@ class UnitFiles:
         self._journal, self._commit = journal, journal.append_unit
 
     def versions(self, unit: Unit) -> list[UnitRecord]:
-        """Origins and the newest version, oldest first."""
+        """A unit's base versions and its newest one, oldest first."""
         return list(self._versions.get(unit.index, ()))
 
     def newest(self, unit: Unit) -> UnitRecord | None:
-        """The version that would be loaded after a crash: no step before it leads over a later origin."""
+        """The version that would be loaded after a crash: steps before a later base version do not lead to it."""
         return _last(self.versions(unit))
 
     def start_for(self, unit: Unit, position: int) -> UnitRecord | None:
@@ -123,7 +123,7 @@ class UnitFiles:
     def write_pieces(
         self, draft: Draft, tensors: Sequence[TensorSpec], pieces: Iterable[tuple[int, memoryview]]
     ) -> None:
-        """The same, from pieces of the unit in order: (byte offset, bytes that are valid until the next one)."""
+        """`write`, from pieces of the unit in order: (byte offset, bytes that are valid until the next one)."""
         assert draft.fd is not None
         sums = TensorSums(tensors)
         for start, data in pieces:
@@ -153,8 +153,8 @@ class UnitFiles:
         return record
 
     def publish_together(self, drafts: Sequence[Draft]) -> list[UnitRecord]:
-        """Make several units' drafts origins at once: after a crash all of them count, or none."""
-        assert self._journal is not None, "a store is founded unit by unit"
+        """Make drafts of several units base versions at once: after a crash all of them count, or none."""
+        assert self._journal is not None, "first versions are published unit by unit"
         with self._no_second_try(drafts):
             records = [self._seal(draft, is_base=True) for draft in drafts]
             self._fs.sync_folder(self.folder)
@@ -168,7 +168,7 @@ class UnitFiles:
 
     @contextmanager
     def _no_second_try(self, drafts: Sequence[Draft]) -> Iterator[None]:
-        """A sync that failed has forgotten what it should have written: nothing is published after it."""
+        """Publish nothing after a sync that failed: the kernel may have dropped the pages that it could not write."""
         try:
             self._refuse_second_try()
             yield
@@ -209,7 +209,7 @@ class UnitFiles:
             self._fs.unlink(self.path(unit, old), missing_ok=True)
 
     def discard(self, draft: Draft) -> None:
-        """Give a draft's room back; a file that may count is left to the next opening's judgement."""
+        """Remove a draft; a file whose record may be in the journal stays until the next opening decides."""
         self._close(draft)
         if not draft.may_count:
             self._fs.unlink(draft.path, missing_ok=True)
@@ -220,7 +220,7 @@ class UnitFiles:
             self._fs.close(fd)
 
     def forget_after(self, position: int) -> None:
-        """History was rewound: versions beyond `position` lead nowhere. Every unit has one that is not."""
+        """Forget versions beyond `position`, after the journal was rewound. Every unit has an earlier one."""
         for index, records in self._versions.items():
             self._versions[index] = [record for record in records if record.position <= position]
 
@@ -275,7 +275,7 @@ class UnitFiles:
         """Read a whole version and compare every tensor with its CRC.
 
         Args:
-            report: told about every part that does not check; None: the first one is an error.
+            report: receives every part whose checksum differs; None: the first one is an error.
 
         Raises:
             StoreCorrupt: names file, offset, unit, parameter and the way out.
@@ -356,7 +356,7 @@ def _refusing(path: Path, unit: Unit) -> Report:
 
 
 def _last(records: Sequence[UnitRecord]) -> UnitRecord | None:
-    """The one furthest in history; of those at one position, the one that was published last."""
+    """Return the record with the largest position; of several, the one that was published last."""
     return max(reversed(records), key=lambda record: record.position, default=None)
 
 

@@ -1,9 +1,9 @@
-"""Write jobs: the one thread that writes homes and files, and who has yet to hear how its jobs ended.
+"""Writer: the one thread that writes homes and files, and the jobs whose outcome was not looked at yet.
 
-Does not: know what is written.
+Does not: write by itself; a job is a function.
 Invariants:
 - Jobs run one after the other, in the order they were submitted.
-- A job's failure is told: to whoever ends a traversal or settles, and, if nobody does any more, to the log.
+- A job's failure is raised by the end of a traversal or by settling, or else logged when the writer closes.
 """
 
 import logging
@@ -22,7 +22,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 Release = Callable[[], None]
-"""Called by a job that does not need the bytes it was given any more."""
+"""A job calls it when it does not need the bytes it was given any more."""
 
 
 class Writer:
@@ -39,7 +39,7 @@ class Writer:
     def write_back(self, segment: Segment, work: Callable[[Release], None]) -> Future[None]:
         """Write a segment, later; `get` finds the job from here on.
 
-        The future returned is done when the job lets go of the bytes that it was given, at its end at the latest.
+        The future returned is done when the job releases the bytes that it was given, at its end at the latest.
         """
         left: Future[None] = Future()
         job = self._thread.submit(work, partial(left.set_result, None))
@@ -51,11 +51,11 @@ class Writer:
         return left
 
     def later(self, work: Callable[P, object], *args: P.args, **named: P.kwargs) -> None:
-        """Do something else, later."""
+        """Run something else, later."""
         self._others.append(self._thread.submit(work, *args, **named))
 
     def now(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Do something between the jobs that are there and those to come, and wait for it."""
+        """Run something between the jobs that are there and those to come, and wait for it."""
         return self._thread.submit(work, *args, **named).result()
 
     def get(self, segment_index: int) -> Future[None] | None:
@@ -83,7 +83,7 @@ class Writer:
         return jobs
 
     def close(self) -> None:
-        """Let the running job end and drop those that wait; what failed and was not told goes to the log."""
+        """Let the running job end and drop those that wait; a failure that was not raised goes to the log."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         jobs, self._newest, self._others = [*(job for _, job in self._newest.values()), *self._others], {}, []
         for job in jobs:
