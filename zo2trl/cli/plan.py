@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     """Print the plan.
 
     Raises:
-        ConfigError: an argument cannot work, or nobody knows it.
+        ConfigError: an argument cannot work, or there is no such argument.
     """
     from zo2trl.cli.store import be_quiet
 
@@ -100,7 +100,7 @@ def _parse(argv: Sequence[str]) -> tuple[PlanArguments, Any, Any, bool]:
 
 
 def _refuse_unread(options: Sequence[str], *, from_config: Sequence[str], known: Collection[str]) -> None:
-    """Refuse what neither a plan nor `zo2trl sft` reads. What a file tells `accelerate launch` is not for a plan."""
+    """Refuse options that neither a plan nor `zo2trl sft` reads; a file may hold those of `accelerate launch`."""
     if not options:
         return
     from accelerate.commands.launch import launch_command_parser
@@ -162,7 +162,7 @@ def _measured(args: Any) -> "MachineRates":
 
 
 def _anonymous_bytes() -> int:
-    """Memory of this process that no file backs; where the system does not say, what nobody shares."""
+    """Bytes of this process that no file backs; where the system does not count them, those that are not shared."""
     status = Path("/proc/self/status")
     if not status.exists():
         return psutil.Process().memory_full_info().uss
@@ -258,7 +258,7 @@ def _free_on_disk(store_dir: Path) -> int:
 
 
 def _neighbours(planned: "Planned", args: Any, model_args: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(what to write on the command line, arguments with it) of plans that this machine could run."""
+    """Yield (option as on the command line, arguments with it) of plans that this machine could run."""
     from zo2trl.planning.budgets import free_device_bytes
 
     found, budgets = planned.forecast, planned.options.budgets

@@ -1,6 +1,6 @@
-"""The report of `zo2trl plan` for people: a few tables.
+"""Print the report of `zo2trl plan` as tables.
 
-Does not: compute anything that `--json` does not say.
+Does not: compute anything that `--json` does not print.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ _PEAKS = {
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Where units live, bytes, seconds, and what to change."""
+    """Print where units live, bytes, seconds, and what to change."""
     console = Console()
     console.print(
         f"{report['model']}: {report['parameters']:,} parameters, {report['trainable_parameters']:,} trained, "
@@ -131,7 +131,7 @@ def _time_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _prices(advice: dict[str, Any], report: dict[str, Any]) -> list[str]:
-    """What the advised option costs."""
+    """Lines on what the advised option costs."""
     lines: list[str] = []
     first = advice["disk_written_bytes_at_start"]
     if first > report["disk_written_bytes_at_start"]:

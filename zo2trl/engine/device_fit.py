@@ -45,7 +45,7 @@ def reserve_for(workload: Workload, *, n_passes: int, device: torch.device) -> i
 
 
 class DeviceFit:
-    """Where an engine's units live, fitted to the batches it sees.
+    """Keeps an engine's units where the batches so far leave room for them.
 
     Args:
         engine: opened with `options`.
@@ -61,7 +61,7 @@ class DeviceFit:
 
     @property
     def options(self) -> EngineOptions:
-        """What the engine was opened with, and the reserve that was found."""
+        """The options that the engine was opened with, and the reserve that was found."""
         return self._options
 
     def passes_per_traversal(self, inputs: Mapping[str, Any]) -> int:
@@ -71,7 +71,7 @@ class DeviceFit:
         return max(most, len(engine.probes))
 
     def before_steps(self, loss: Callable[[], Any], inputs: Mapping[str, Any], *, n_passes: int) -> bool:
-        """Make sure that a traversal of so many passes over such a micro-batch fits; whether anything changed.
+        """Make sure that a traversal of so many passes over such a micro-batch fits; return whether anything changed.
 
         Args:
             loss: runs the model on the micro-batch; deterministic.
@@ -95,7 +95,7 @@ class DeviceFit:
         return changed
 
     def before_evaluation(self, inputs: Mapping[str, Any], *, n_passes: int, whole_logits: bool) -> None:
-        """Room for so many passes at clean weights, by estimate: making outputs twice would count them twice.
+        """Make room for so many passes at clean weights, by estimate: measuring would make, and count, outputs twice.
 
         Raises:
             BudgetError: see `before_steps`.
@@ -164,7 +164,7 @@ class DeviceFit:
             self._engine.relayout(layout, placement)
 
     def _room(self) -> int | None:
-        """What is left of the device budget when weights take the least; asked for at every step, so kept."""
+        """Bytes that are left of the device budget when weights take the least; kept, because every step reads it."""
         device, layout = self._options.budgets.device, self._engine.store.layout
         if device == "min":
             return None

@@ -1,7 +1,7 @@
-"""What one pass computes and holds: counted on a model without storage, in the model's own forward.
+"""Count what one pass computes and holds, in the forward of a model whose tensors have no storage.
 
-Does not: know a machine (forecast.py puts rates to the counts), or need weights: tensors are fake, with shapes only.
-Invariant: what is counted are the operations that PyTorch would really be asked for, whatever the architecture.
+Does not: know a machine (planning/cost_model.py applies rates to counts), or need weights: tensors have shapes only.
+Invariant: the operations counted are those that the model's own forward calls, whatever the architecture.
 """
 
 import math
@@ -27,12 +27,12 @@ __all__ = ["count_pass", "fake_tensors", "make_fake"]
 
 
 def fake_tensors() -> FakeTensorMode:
-    """A context in which tensors have shapes and no memory, and operations on them pass for those of a CPU."""
+    """A context in which tensors have shapes and no memory, and operations run as those of a CPU."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def make_fake(model: nn.Module, *, mode: FakeTensorMode) -> None:
-    """Give a model that was built on the meta device fake tensors, on which more of PyTorch works; ties stay ties."""
+    """Replace the tensors of a model on the meta device by fake ones, which more of PyTorch accepts; ties are kept."""
     made: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,13 +59,13 @@ def count_pass(
     """Run one pass and count its operations and bytes.
 
     Args:
-        model: of fake tensors of `mode`.
-        run: one ordinary call of the model's loss.
-        autocast: what a trainer's autocast casts to; None: it has none.
+        model: with fake tensors of `mode`.
+        run: calls the model's loss once.
+        autocast: the dtype of the trainer's autocast; None: it has none.
         on_cpu: memory counts from when it is written; on a GPU it counts from when it is allocated.
 
     Raises:
-        Exception: whatever a forward raises that looks at values, which fake tensors have none of.
+        Exception: whatever a forward raises that looks at values, because fake tensors have none.
     """
     counting = _Counting(on_cpu=on_cpu)
     handles = [
@@ -140,7 +140,7 @@ class _Counting(TorchDispatchMode):
 
 
 class _Attention(TorchFunctionMode):
-    """Fused attention never holds the scores, which its decomposition for fake tensors would."""
+    """Counts fused attention without its scores, which only its decomposition for fake tensors would hold."""
 
     def __init__(self, counting: _Counting) -> None:
         super().__init__()
@@ -158,13 +158,13 @@ class _Attention(TorchFunctionMode):
 
 
 def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """What fused attention works on."""
+    """The tensor in the dtype that fused attention works in."""
     is_cast = torch.is_autocast_enabled("cpu") and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return tensor.to(torch.get_autocast_dtype("cpu")) if is_cast else tensor
 
 
 def _arguments(given: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Of an operation, as PyTorch hands them to modes: either may be left out."""
+    """An operation's arguments, as PyTorch passes them to modes: either may be left out."""
     return (given[0] if given else ()), (given[1] if len(given) > 1 and given[1] else {})
 
 

@@ -1,6 +1,6 @@
-"""What this machine has free, and what "auto" means on it.
+"""Budgets: byte ceilings from the user's arguments, with "auto" as a share of the memory that is free.
 
-Does not: place anything (placement.py). The only room that asks the machine how much memory there is.
+Does not: place anything (placement.py). This is the only module that reads how much memory the machine has.
 """
 
 from dataclasses import dataclass
@@ -36,12 +36,12 @@ class Budgets:
 
     @property
     def for_weights(self) -> Size:
-        """What weights, ring and scratch may take of the device."""
+        """Bytes of the device that weights, ring and scratch may take."""
         return "min" if self.device == "min" else self.device - self.reserve
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Bytes nobody uses: GPU memory, or available RAM on a CPU-only machine."""
+    """Bytes that are free: of GPU memory, or of RAM on a CPU-only machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
@@ -50,14 +50,14 @@ def free_device_bytes(device: torch.device) -> int:
 def resolve_budgets(
     *, device_memory: int | str, cpu_memory: int | str, device: torch.device, n_processes: int = 1
 ) -> Budgets:
-    """Byte ceilings from what the user wrote.
+    """Turn the user's arguments into byte ceilings.
 
     `device_memory`: a size, "min", or "auto" (90 % of free GPU memory; half of available RAM on a CPU-only machine).
     `cpu_memory`: a size, 0 for nothing, or "auto" (70 % of available RAM, less what the device budget takes of it).
-    `n_processes`: so many of the same training share the machine's RAM and each have a device; sizes are of each one.
+    `n_processes`: of the same training, which share the machine's RAM and have a device each; sizes are per process.
 
     Raises:
-        ConfigError: not a size; names the argument.
+        ConfigError: an argument is no size; the message names it.
     """
     device_bytes = parse_size(device_memory, argument="device_memory")
     if device_bytes == "auto":

@@ -1,6 +1,6 @@
-"""Byte budgets -> which unit in which tier, how large the ring is, how many perturbed copies there are.
+"""Placement: which unit is in which tier, how large the ring is, and how many perturbed copies there are.
 
-Does not: look at a machine (the caller passes free bytes in), move anything, or change its mind during a run.
+Does not: look at a machine (the caller passes byte budgets in), move anything, or change a decision during a run.
 Invariant: pure functions of their arguments. A placement that is returned fits its budgets; one that cannot fit is
 refused with both byte counts and the smallest budget that works.
 
@@ -28,13 +28,13 @@ __all__ = [
     "summarise",
 ]
 
-RING_SEGMENTS = 3  # of the largest size: one under the model's hands, one ready, one filling
-MIN_RING_SEGMENTS = 2  # the least with which anything is fetched ahead
+RING_SEGMENTS = 3  # of the largest size: one that the model uses, one ready, one filling
+MIN_RING_SEGMENTS = 2  # with fewer nothing could be fetched ahead
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """A decision that fits its budgets."""
+    """Where units live, and what else takes device memory, within the budgets."""
 
     tier_of: dict[int, TierName]  # unit index -> tier
     ring_bytes: int  # device memory that streamed segments pass through; 0 when nothing is streamed
@@ -53,7 +53,7 @@ class Placement:
     def turns(self) -> dict[int, tuple[int, int]]:
         """Each unit's number among those of its tier, and how many these are.
 
-        Its index won't do as a number: every other block may be in one tier.
+        A unit's index is no such number, because every other block may be in one tier.
         """
         units = {tier: self.units_in(tier) for tier in TIERS}
         return {index: (turn, len(units[tier])) for tier in TIERS for turn, index in enumerate(units[tier])}
@@ -63,8 +63,8 @@ def place(layout: Layout, budgets: Budgets, cost_model: CostModel | None = None)
     """Decide where every unit lives.
 
     As many units as fit are resident, beside a ring of three of the largest streamed segments. What is left then
-    holds a second scratch copy, and after that a longer ring. With a `pace` the second scratch copy comes before the
-    last resident units where the step takes less time so: where computing bounds it.
+    holds a second scratch copy, and after that a longer ring. With a cost model the second scratch copy comes before
+    the last resident units if the step takes less time then, which it does where computing bounds it.
 
     Raises:
         BudgetError: the device budget holds neither everything nor a ring of two segments.
@@ -87,7 +87,7 @@ def place(layout: Layout, budgets: Budgets, cost_model: CostModel | None = None)
 
 
 def place_again(layout: Layout, current: Placement, budgets: Budgets) -> Placement:
-    """Ring and scratch for another granularity, or another reserve, with every unit where `homes` has it.
+    """Size ring and scratch for another granularity or another reserve, with every unit where it lives now.
 
     Raises:
         BudgetError: what is needed does not fit beside the units that are resident already.
@@ -100,7 +100,7 @@ def place_again(layout: Layout, current: Placement, budgets: Budgets) -> Placeme
 
 
 def summarise(layout: Layout, placement: Placement) -> str:
-    """Units and bytes of each tier, the ring, the device memory in all, and how blocks are visited."""
+    """One line: units and bytes of each tier, the ring, the device memory in all, and how blocks are visited."""
     parts: list[str] = []
     for tier in ("gpu", "cpu", "disk"):
         units = [layout.units[index] for index in placement.units_in(tier)]
@@ -112,7 +112,7 @@ def summarise(layout: Layout, placement: Placement) -> str:
 
 
 def smallest_device_budget(layout: Layout, *, reserve: int = 0) -> int:
-    """Bytes of device memory below which `place` refuses this layout."""
+    """The smallest device budget that `place` accepts for this layout, in bytes."""
     return place(layout, Budgets(device="min", cpu=0)).device_bytes + reserve
 
 
@@ -126,7 +126,7 @@ def spread(count: int, total: int) -> list[int]:
 
 
 def _widest(layout: Layout, streamable: Sequence[int], room: int, *, scratch_copies: int) -> "_Need | None":
-    """The most resident units that fit beside a full ring and so many perturbed copies; None if none fit."""
+    """Keep as many units resident as fit beside a full ring and so many perturbed copies; None if that never fits."""
     for n_resident in range(len(streamable) - 1, -1, -1):
         resident = {streamable[i] for i in spread(n_resident, len(streamable))}
         need = _Need(layout, streamed=frozenset(streamable) - resident)
@@ -142,7 +142,7 @@ def _step_s(layout: Layout, placement: Placement, cost_model: CostModel) -> floa
 
 
 class _Need:
-    """Device bytes of a step, given which units are streamed: resident homes, ring and scratch."""
+    """Device bytes of a step, given which units are streamed: resident units, ring and scratch."""
 
     def __init__(self, layout: Layout, *, streamed: frozenset[int]) -> None:
         self.layout, self.streamed = layout, streamed
@@ -154,25 +154,25 @@ class _Need:
         self.resident_bytes = sum(unit.stored_bytes for unit in layout.units if unit.index not in streamed)
 
     def ring_bytes(self, n_segments: int) -> int:
-        """A ring of so many of the largest segments; never more than would hold everything that passes."""
+        """Bytes of a ring of so many of the largest segments; never more than all streamed segments have."""
         return min(n_segments * self.largest_bytes, self.streamed_bytes)
 
     def bytes_with(self, ring_bytes: int, *, scratch_copies: int = 1) -> int:
-        """All of it."""
+        """Device bytes in all with a ring of so many bytes."""
         return self.resident_bytes + self.decode_bytes + scratch_copies * self.scratch_bytes + ring_bytes
 
     @property
     def least_bytes(self) -> int:
-        """What no step can do without."""
+        """The fewest device bytes that a step works with."""
         return self.bytes_with(self.ring_bytes(MIN_RING_SEGMENTS))
 
     def share(self, room: Size) -> tuple[int, int]:
-        """Ring bytes and scratch copies that make the best of `room` bytes, which hold the least at least."""
+        """Ring bytes and scratch copies for `room` bytes, which are at least `least_bytes`."""
         ring_bytes = self.ring_bytes(MIN_RING_SEGMENTS)
         if room == "min":
             return ring_bytes, 1
         spare = room - self.least_bytes
-        # A ring may have any size between the two: plan_ring makes the best of it.
+        # A ring may have any size between the two: `plan_ring` uses all of it.
         ring_bytes += min(self.ring_bytes(RING_SEGMENTS) - ring_bytes, spare // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
         spare = room - self.bytes_with(ring_bytes)
         copies = 2 if 0 < self.scratch_bytes <= spare else 1
@@ -181,7 +181,7 @@ class _Need:
         return min(ring_bytes + more, self.streamed_bytes), copies
 
     def placed(self, tier_of: Mapping[int, TierName], *, room: Size) -> Placement:
-        """The placement that puts units where `tier_of` says."""
+        """The placement with the units in these tiers."""
         ring_bytes, copies = self.share(room)
         return Placement(
             tier_of=dict(tier_of), ring_bytes=ring_bytes, largest_segment_bytes=self.largest_bytes,
@@ -197,7 +197,7 @@ def scratch_bytes(point: VisitPoint) -> int:
 
 
 def decode_bytes(point: VisitPoint) -> int:
-    """Bytes that everything a visit binds takes decoded, but for what is used as it is stored."""
+    """Bytes that a visit's weights take when decoded, but for those that are used as they are stored."""
     return sum(segment.n_bytes for segment in point.segments if not segment.is_plain)
 
 

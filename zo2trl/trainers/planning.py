@@ -144,7 +144,7 @@ def _autocast(args: Any) -> torch.dtype | None:
 
 
 def _cast_units(plan: Plan, there: torch.dtype) -> set[int]:
-    """Frozen units with a tensor in another dtype than the checkpoint's, which no unit can then be read from."""
+    """Frozen units with a tensor in another dtype than the checkpoint's, which cannot be read from its files."""
     frozen = (unit for unit in plan.layout.units if not unit.is_trained)
     return {unit.index for unit in frozen if any(spec.dtype != there for spec in unit.tensors)}
 
@@ -162,7 +162,7 @@ def _refuse_no_rows(args: Any) -> None:
 
 
 def _decay_names(model: torch.nn.Module) -> list[str]:
-    """What weight decay applies to, as the Trainer has it: weights that lie between others are visited one by one."""
+    """Parameters that weight decay applies to in the Trainer: they are drawn apart from those around them."""
     return Trainer.get_decay_parameter_names(cast(Any, None), model)
 
 

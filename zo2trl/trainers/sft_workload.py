@@ -90,7 +90,8 @@ def count_like(
         return None
     peft_config = next(iter(peft_configs.values()), None)
     try:
-        model, run = build_model(type(base), base.config, dtype=base.dtype, peft_config=peft_config)
+        with torch.random.fork_rng(devices=[]):  # building must not move the training's own generator
+            model, run = build_model(type(base), base.config, dtype=base.dtype, peft_config=peft_config)
         _copy_dtypes(model, trained)
     except Exception:
         logger.debug("No model could be built to count its pass.", exc_info=True)
