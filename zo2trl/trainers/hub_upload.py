@@ -105,6 +105,6 @@ class HubUploadMixin(_Base):
 
     def _ignored_patterns(self) -> list[str]:
         """Return patterns, relative to `output_dir`, of files that are no part of the model."""
-        store, home = self.args.store_path.resolve(), Path(self.args.output_dir).resolve()
-        inside = [f"{store.relative_to(home).as_posix()}/*"] if store.is_relative_to(home) and store != home else []
-        return [*_IGNORED, *inside]
+        store, output_dir = self.args.store_path.resolve(), Path(self.args.output_dir).resolve()
+        is_inside = store.is_relative_to(output_dir) and store != output_dir
+        return [*_IGNORED, f"{store.relative_to(output_dir).as_posix()}/*"] if is_inside else [*_IGNORED]

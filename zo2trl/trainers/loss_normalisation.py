@@ -89,8 +89,8 @@ class LossNormalisation:
 
 @contextmanager
 def _not_averaging(args: Any) -> Iterator[None]:
-    asked, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    before, args.average_tokens_across_devices = args.average_tokens_across_devices, False
     try:
         yield
     finally:
-        args.average_tokens_across_devices = asked
+        args.average_tokens_across_devices = before

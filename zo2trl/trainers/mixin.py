@@ -94,7 +94,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         self._base_path = model if isinstance(model, str) else None
         if isinstance(model, str):
             given["model"] = self._load(model, given)
-            config.model_init_kwargs = None  # the model is loaded: the trainer would warn that it cannot apply them
+            config.model_init_kwargs = None  # upstream would warn: it cannot apply them to a loaded model
         refuse_full_quantised(given.get("model"), is_adapted=given.get("peft_config") is not None)
         super().__init__(**given)
         if self._base_path is not None:  # new tokens of a chat template, for example, enlarge embeddings
@@ -210,7 +210,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
         if empty is not None:
             raise ConfigError(
                 f"`model` has no weights yet: {empty} is on the meta device. Load it without `init_empty_weights` and "
-                "`device_map`, or hand over the checkpoint's path, which is then read unit by unit."
+                "`device_map`, or pass the checkpoint's path, which is then read unit by unit."
             )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ConfigError("The model has no trainable parameter: set `requires_grad` on those to train.")

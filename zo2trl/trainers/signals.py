@@ -37,16 +37,16 @@ class _Stop(Holding):
         super().__init__(_raise)
         self._process = os.getpid()
         self.is_over = False
-        self.asked: int | None = None
+        self.received: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle the signal `number`."""
         # Forked workers inherit the handler, and SIGTERM is how they are ended.
         if self.is_over or os.getpid() != self._process:
             return _act_by_default(number)
-        if self.asked is not None:
+        if self.received is not None:
             os._exit(128 + number)
-        self.asked = number
+        self.received = number
         with suppress(Exception):  # the signal may have interrupted a write to the same stream
             logger.warning(
                 "%s: training stops here, and every step in the journal is kept. Send it again (Ctrl-C) to exit at "
@@ -78,10 +78,10 @@ def stopping_on_signals() -> Iterator[None]:
         yield
     except Exception as error:
         # A launcher that signals the whole group also kills data loader workers, which raises an error here.
-        if stop.asked is None:
+        if stop.received is None:
             raise
         logger.warning("While stopping: %s: %s", type(error).__name__, error)
-        _raise(stop.asked, None)
+        _raise(stop.received, None)
     finally:
         _running, stop.is_over = None, True
         for number in reversed(HELD):  # Ctrl-C last: once restored it may raise, and then nothing is left to restore
@@ -140,8 +140,8 @@ os.register_at_fork(after_in_child=_clear_wakeup_fd)
 
 def stop_if_asked() -> None:
     """Raise again if the first exception had no effect: Python swallows one that is raised inside `__del__`."""
-    if _running is not None and _running.asked is not None:
-        _raise(_running.asked, None)
+    if _running is not None and _running.received is not None:
+        _raise(_running.received, None)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

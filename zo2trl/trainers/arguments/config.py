@@ -35,7 +35,7 @@ class ZOArguments:
     Arguments of forward-only (zeroth-order) training out of three tiers, common to all ZO trainers.
 
     Parameters:
-        > Parameters that control where the weights live
+        > Parameters that control where the weights are
 
         device_memory (`str` or `int`, *optional*, defaults to `"auto"`):
             Ceiling for weights, transfer ring, scratch and (on a GPU) activations on the execution device: a size

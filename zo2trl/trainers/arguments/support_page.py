@@ -32,7 +32,7 @@ without effect is not warned about, and when no test uses a supported one.
 - **no effect**: a value other than the default is warned about, and changes nothing.
 - **refused**: a value other than the default raises `UnsupportedError`, before anything is loaded or written.
 
-Beside these: an optimizer or a scheduler handed to the trainer (`optimizers=`, `optimizer_cls_and_kwargs=`) is
+Beside these: an optimizer or a scheduler passed to the trainer (`optimizers=`, `optimizer_cls_and_kwargs=`) is
 refused, and so is a launch for DeepSpeed or FSDP. zo2trl's own arguments have
 [a page of their own](reference/arguments.md).
 """

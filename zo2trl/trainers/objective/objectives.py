@@ -274,12 +274,12 @@ class TextObjective(Objective):
         new_ids = new_ids[:, 1 if base_of(model).config.is_encoder_decoder else ids.shape[1] :]
         texts = [text.strip() for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
         texts = texts if self.stop is None else [text.split(self.stop)[0].strip() for text in texts]
-        asked = batch.get(COLUMNS, {}).get("prompt", [None])
-        are_chats = is_chat(asked[0])
+        given_prompts = batch.get(COLUMNS, {}).get("prompt", [None])
+        are_chats = is_chat(given_prompts[0])
         as_messages = are_chats if self.as_messages is None else self.as_messages
-        is_as_asked = isinstance(asked[0], str) or (are_chats and as_messages)
+        is_as_given = isinstance(given_prompts[0], str) or (are_chats and as_messages)
         value = self.call({
-            "prompts": asked if is_as_asked else tokenizer.batch_decode(prompts, skip_special_tokens=True),
+            "prompts": given_prompts if is_as_given else tokenizer.batch_decode(prompts, skip_special_tokens=True),
             "completions": [[{"role": "assistant", "content": text}] for text in texts] if as_messages else texts,
             "completion_ids": [up_to_the_end(row, config) for row in new_ids.tolist()],
             "references": None if references is None else decoded(tokenizer, references),
