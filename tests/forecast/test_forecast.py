@@ -96,9 +96,9 @@ def test_traversals_are_dry_run_on_this_machine_and_leave_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    found = measure_traversals(torch.device("cpu"), tmp_path / "not" / "there", share=TimeShare.of(3.0))
+    found = measure_traversals(torch.device("cpu"), tmp_path / "not" / "there", share=TimeShare.of(0.0))
     assert min(getattr(found, name) for name in TraversalCost.__slots__) >= 0
-    assert found.streamed_visit_s > 0 and list(tmp_path.iterdir()) == []
+    assert found.streamed_visit_s >= found.resident_visit_s and list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_model_is_visited_block_by_block() -> None:
