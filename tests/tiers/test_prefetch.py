@@ -19,9 +19,10 @@ class Residency:
     """Fills a slot with its segment's number, remembers the order, and can be held up or broken per segment."""
 
     def __init__(self):
-        self.loaded, self.gates, self.errors = [], {}, {}
+        self.begun, self.loaded, self.gates, self.errors = [], [], {}, {}
 
     def __call__(self, segment, slot):
+        self.begun.append(segment.index)
         gate = self.gates.get(segment.index)
         if gate is not None:
             assert gate.wait(10)

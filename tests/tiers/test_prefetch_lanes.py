@@ -6,6 +6,7 @@ from concurrent.futures import Future
 
 from tests.support.stores import CPU
 from tests.tiers.test_prefetch import SEGMENTS, Residency, Ring
+from tests.tiers.test_staging import until
 from zo2trl.tiers.prefetch import Prefetcher
 
 # --------------------------------------------------------------------------------------------------------- two lanes
@@ -46,6 +47,7 @@ def test_what_nobody_wants_any_more_is_not_loaded_if_it_has_not_begun():
     with Ring(5) as ring:
         ring.residency.gates[2] = threading.Event()
         ring.visit(SEGMENTS[0])  # number 2 is stuck; 3, 4, 5 and 6 wait behind it
+        until(lambda: 2 in ring.residency.begun)
         ring.fetcher.drop()
         ring.residency.gates[2].set()
         ring.visit(SEGMENTS[5])

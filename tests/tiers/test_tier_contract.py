@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.packed import HIGH_BYTE, coarse, known
 from tests.support.stores import CPU, source_of
 from tests.support.toys import TIERS, toy
 from zo2trl.errors import StoreError
@@ -15,7 +16,7 @@ from zo2trl.layout.model_layout import plan_layout
 from zo2trl.tiers.device import DeviceTier
 from zo2trl.tiers.disk import DiskTier
 from zo2trl.tiers.host import HostTier
-from zo2trl.tiers.tier import tensor_view
+from zo2trl.tiers.tier import stored_part, tensor_view
 from zo2trl.tiers.unit_files import UnitFiles
 
 
@@ -30,7 +31,7 @@ def make_tier(name, units, folder, fs=None):
 
 
 class Rig:
-    """A tier that has adopted the blocks of a toy model, cut in leaves."""
+    """A tier that holds the blocks of a toy model, cut in leaves."""
 
     def __init__(self, name, folder, *, fs=None, dtype=torch.float32, frozen=None):
         self.model = toy().to(dtype)
@@ -189,6 +190,27 @@ def test_scalars_and_transposed_sources_are_adopted_by_value(name, tmp_path):
     for spec in unit.tensors:
         assert torch.equal(tensor_view(tier.view(unit), spec), getattr(model, spec.name))
     tier.close()
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_packed_units_are_kept_in_their_stored_form_and_shown_decoded(name, tmp_path, monkeypatch):
+    model = toy().to(torch.bfloat16)
+    stored = {}
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        parameter.data = coarse(parameter.data)
+        stored[parameter_name] = HIGH_BYTE.identity
+    with known(monkeypatch):
+        units = [unit for unit in plan_layout(model, stored=stored).units if unit.kind == "block"]
+        tier = make_tier(name, units, tmp_path)
+        for unit in units:
+            tier.add(unit, source_of(model))
+            home, tensors = tier.view(unit), tier.tensors(unit)
+            assert home.shape == (unit.stored_bytes,) and unit.stored_bytes < unit.n_bytes
+            for spec, tensor in zip(unit.tensors, tensors, strict=True):
+                value = source_of(model)(spec)
+                assert torch.equal(stored_part(home, spec), HIGH_BYTE.encode(value)) and torch.equal(tensor, value)
+        tier.close()
 
 
 def test_tensors_of_one_home_do_not_look_tied(rig):
