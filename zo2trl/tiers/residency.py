@@ -156,7 +156,7 @@ class Residency:
             new.drop(unit)
             raise
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # a copy that nobody waits for any more may still read the old home
+            torch.cuda.synchronize(self._device)  # a copy that is not awaited any more may still read the old home
         self.locations.move(unit, to)
         old.drop(unit)
 
