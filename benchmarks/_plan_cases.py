@@ -20,11 +20,11 @@ class Case:
     def budgets(self, n_bytes: int) -> dict[str, dict[str, str]]:
         """Name -> budgets for a model of so many bytes."""
         if self.on_gpu:
-            half = str(n_bytes // 2)
+            most = str(n_bytes * 2 // 3)  # weights, ring, scratch and activations
             return {
                 "resident": {"device_memory": str(2 * n_bytes + (8 << 30)), "cpu_memory": "0"},
-                "half from host memory": {"device_memory": half, "cpu_memory": str(2 * n_bytes)},
-                "three tiers": {"device_memory": half, "cpu_memory": str(n_bytes * 9 // 20)},
+                "host memory": {"device_memory": most, "cpu_memory": str(2 * n_bytes)},
+                "three tiers": {"device_memory": most, "cpu_memory": str(n_bytes * 2 // 5)},
             }
         third = str(n_bytes // 3)
         return {

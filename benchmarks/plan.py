@@ -4,7 +4,7 @@
     python -m benchmarks.plan --out benchmarks/results/plan_gpu.json      # on a machine with a GPU: six minutes
 
 On a machine without a GPU small models train resident, from host memory and from disk, and the peak of the process's
-anonymous memory is compared. With a GPU models of 1.3 to 6.7 B weights train resident, half streamed from host
+anonymous memory is compared. With a GPU models of 1.3 to 6.7 B weights train resident, partly streamed from host
 memory, and in three tiers, and the allocator's peak is compared. So are the mean time of a step and, unit by unit,
 where weights live. The prediction is made from config.json alone, before the training starts, and the machine is
 measured once before all. The promise is
