@@ -29,10 +29,10 @@ demo: $(STAMP) ## Pretrain a small OPT, fine-tune it out of three tiers, check t
 	$(BIN)/python -m recipes.sentiment_demo
 
 test: $(STAMP) ## Run the tests that need neither a GPU nor patience
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not nightly"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not nightly" --durations=10
 
 test-nightly: $(STAMP) ## Run the long tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "nightly and not gpu" --timeout 1800
+	$(BIN)/python -m pytest -n $(WORKERS) -m "nightly and not gpu" --timeout 7200 --durations=10
 
 lint: $(STAMP) ## Style and types
 	$(BIN)/ruff check .
