@@ -104,10 +104,10 @@ class _Counting(TorchDispatchMode):
         result = func(*args, **kwargs)
         sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.n_operations += 1
+        self.n_operations += bool(made)
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops[dtype_name(made[0].dtype)] += int(formula(*args, **kwargs, out_val=result))
-        elif not _is_view(func):
+        elif made and not (_is_view(func) or _is_empty(func)):  # fake tensors are also asked for their device
             self.moved_bytes += sum(map(_n_bytes, sources)) + sum(map(_n_bytes, made))
         known = {_storage(tensor) for tensor in sources}
         for tensor in made:
