@@ -46,8 +46,8 @@ def main() -> None:
 def some_step(number: int, draw: random.Random) -> StepRecord:
     """Draw a step with one direction and no float that repeats."""
     return StepRecord(
-        step=number, seed=draw.getrandbits(64), projected_grads=(draw.gauss(0, 1),), learning_rate=1e-6 / (1 + number),
-        weight_decay=0.0, zo_eps=1e-3, loss_plus=draw.random(), loss_minus=draw.random(), grad_norm=draw.random(),
+        step=number, seed=draw.getrandbits(64), coefficients=(draw.gauss(0, 1),), learning_rate=1e-6 / (1 + number),
+        weight_decay=0.0, zo_eps=1e-3, losses=(draw.random(), draw.random()), scalars=(draw.random(),),
     )  # fmt: skip
 
 

@@ -36,18 +36,16 @@ class Variant:
     direction: str
     dtype: torch.dtype = torch.float32
     rounding: Any = None
-    update_along: Any = "drawn"
 
 
 VARIANTS = [
     Variant("fp32 rademacher", "rademacher"),
     Variant("fp32 gaussian", "gaussian"),
     *(
-        Variant(f"bf16 {direction} stochastic {along}", direction, torch.bfloat16, "stochastic", along)
+        Variant(f"bf16 {direction} stochastic", direction, torch.bfloat16, "stochastic")
         for direction in ("rademacher", "gaussian")
-        for along in ("drawn", "applied")
     ),
-    Variant("bf16 rademacher nearest drawn", "rademacher", torch.bfloat16, "nearest"),
+    Variant("bf16 rademacher nearest", "rademacher", torch.bfloat16, "nearest"),
 ]
 
 
@@ -91,7 +89,6 @@ def fine_tune(
             EngineOptions(
                 budgets=Budgets(device=1 << 34, cpu=0), device=torch.device("cpu"), store_dir=Path(folder) / "store",
                 seed=seed, zo_eps=ZO_EPS, direction=variant.direction, rounding=variant.rounding,
-                update_along=variant.update_along,
             ),
         )  # fmt: skip
         for step in range(n_steps):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from zo2trl.zo.noise import make_noise, rounding_bits
+from zo2trl.zo.noise import make_direction, rounding_bits
 from zo2trl.zo.tiles import TILE, TileMap
 
 Fill = Callable[[torch.Tensor, int, TileMap], None]
@@ -50,8 +50,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     fills: dict[str, tuple[Fill, torch.dtype]] = {
-        "rademacher": (make_noise("rademacher").fill, torch.float32),
-        "gaussian": (make_noise("gaussian").fill, torch.float32),
+        "rademacher": (make_direction("rademacher").fill, torch.float32),
+        "gaussian": (make_direction("gaussian").fill, torch.float32),
         "rounding_bits": (rounding_bits, torch.int32),
     }
     rows: list[dict[str, str | int | float]] = []

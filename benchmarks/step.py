@@ -20,6 +20,7 @@ from benchmarks._report import add_out, median_seconds, write_report
 from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.step import Engine
 from zo2trl.planning.budgets import Budgets
+from zo2trl.zo.chunks import chunks, draw
 
 DRAWS_PER_STEP = 3
 
@@ -36,10 +37,11 @@ def make_model() -> LlamaForCausalLM:
 
 def draw_all(engine: Engine) -> None:
     """Draw noise for every trainable element once, in the chunks of a step."""
-    rule = engine.store.rule
+    direction = engine.store.method.direction
     for segment in engine.store.layout.segments:
         for span in segment.spans:
-            rule.draw_everything(span, seed=1, device=engine.store.device)
+            for tiles, _ in chunks(span.tiles, engine.store.device):
+                draw(direction, 1, tiles, device=engine.store.device)
 
 
 def main() -> None:

@@ -137,8 +137,8 @@ def test_risky_calls_stay_in_their_room(relative: str) -> None:
 @pytest.mark.parametrize(
     ("relative", "source"),
     [
-        ("zo/rules.py", "from zo2trl.tiers import journal"),
-        ("zo/rules.py", "def late() -> None:\n    import zo2trl.engine.step"),
+        ("zo/method.py", "from zo2trl.tiers import journal"),
+        ("zo/method.py", "def late() -> None:\n    import zo2trl.engine.step"),
         ("tiers/store.py", "from ..engine import step"),
         ("tiers/store.py", "from zo2trl import ZOTrainer"),
         ("trainers/mixin.py", "import recipes.sft"),

@@ -264,19 +264,25 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         export_store(tmp_path, tmp_path / "out")
 
 
+SPSA = "two-sided-spsa-1"
+
+
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"noise": "philox4x32-10/rademacher-2", "versions": {"zo2trl": "9.9"}}, "noise.*rademacher-2.*zo2trl 9.9"),
-        ({"rule": "sgd-2/drawn/nearest"}, "rule.*sgd-2"),
-        ({"rounding": "stochastic"}, "rule"),
+        (
+            {"method": f"philox4x32-10/rademacher-2 | {SPSA} | sgd-1/nearest", "versions": {"zo2trl": "9.9"}},
+            "method.*rademacher-2.*zo2trl 9.9",
+        ),
+        ({"method": f"philox4x32-10/rademacher-1 | {SPSA} | sgd-2/nearest"}, "method.*sgd-2"),
+        ({"method": "philox4x32-10/rademacher-1 | sgd-1/nearest"}, "method"),
         ({"codec": "packed"}, "codec"),
-        ({"noise": "mezo/torch-normal-1/cuda/132x2048", "device": "cuda"}, "--device cuda"),
+        ({"method": f"mezo/torch-normal-1/cuda/132x2048 | {SPSA} | sgd-1/nearest", "device": "cuda"}, "--device cuda"),
         ({"layout": "0" * 64}, "does not belong"),
         ({"base": "0" * 64}, "does not belong"),
         ({"decays": []}, "decay"),
     ],
-    ids=["noise", "rule", "rounding", "codec", "device", "layout", "base", "decays"],
+    ids=["direction", "update", "parts", "codec", "device", "layout", "base", "decays"],
 )
 def test_what_this_version_cannot_repeat_is_refused(tmp_path: Path, facts: dict[str, Any], message: str) -> None:
     store = path_run(tmp_path)

@@ -171,7 +171,7 @@ def test_what_a_crash_leaves_is_noted_and_no_damage(store: Path) -> None:
 
 
 def test_a_run_of_arithmetic_from_the_future_is_noted(store: Path) -> None:
-    retold(store, rule="sgd-9/drawn/nearest")
+    retold(store, method="philox4x32-10/rademacher-1 | two-sided-spsa-1 | sgd-9/nearest")
     assert any("sgd-9" in finding.what for finding in verify_store(store) if finding.severity == Severity.NOTE)
 
 

@@ -15,19 +15,19 @@ from zo2trl.zo.records import Record, SkipRecord, StepRecord
 Operation = Callable[[Journal], None]
 State = tuple[list[Record], list[tuple], list[list[tuple]]]
 N_UNITS = 3
-HEADER = {"noise": "toy-1"}
+HEADER = {"method": "toy-1"}
 
 
 def step(number: int, *, directions: int = 1, decay: float = 0.0) -> Operation:
     record = StepRecord(
-        step=number, seed=number * 7, projected_grads=tuple(float(number + d) for d in range(directions)),
-        learning_rate=0.5, weight_decay=decay, zo_eps=1e-3, loss_plus=2.0, loss_minus=1.0, grad_norm=3.0,
+        step=number, seed=number * 7, coefficients=tuple(float(number + d) for d in range(directions)),
+        learning_rate=0.5, weight_decay=decay, zo_eps=1e-3, losses=(2.0, 1.0), scalars=(3.0,),
     )  # fmt: skip
     return lambda journal: journal.append(record)
 
 
 def skip(number: int) -> Operation:
-    record = SkipRecord(step=number, seed=number * 7, loss_plus=float("inf"), loss_minus=1.0)
+    record = SkipRecord(step=number, seed=number * 7, losses=(float("inf"), 1.0))
     return lambda journal: journal.append(record)
 
 

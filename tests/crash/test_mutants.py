@@ -121,11 +121,11 @@ def replay_from_the_step_before(patch: Patch) -> None:
 def replay_applied_twice(patch: Patch) -> None:
     original = catching_up.catch_up
 
-    def catch_up(weights, segment, records, *, position, rule, **probes) -> bool:
+    def catch_up(weights, segment, records, *, position, method, **probes) -> bool:
         if position < len(records):
-            original(weights, segment, records, position=position, rule=rule)
+            original(weights, segment, records, position=position, method=method)
             position = len(records) - 1
-        return original(weights, segment, records, position=position, rule=rule, **probes)
+        return original(weights, segment, records, position=position, method=method, **probes)
 
     patch.setattr(store, "catch_up", catch_up)
 
@@ -133,9 +133,14 @@ def replay_applied_twice(patch: Patch) -> None:
 def a_record_skipped(patch: Patch) -> None:
     original = catching_up.catch_up
 
-    def catch_up(weights, segment, records, *, position, rule, **probes) -> bool:
+    def catch_up(weights, segment, records, *, position, method, **probes) -> bool:
         return original(
-            weights, segment, records, position=min(position + (len(records) > 3), len(records)), rule=rule, **probes
+            weights,
+            segment,
+            records,
+            position=min(position + (len(records) > 3), len(records)),
+            method=method,
+            **probes,
         )
 
     patch.setattr(store, "catch_up", catch_up)

@@ -47,7 +47,7 @@ def test_the_projected_gradient_of_a_quadratic_is_its_directional_derivative(tmp
             estimate = engine.step([model], step=step)
             seed = derive_seed(7, step, 0)
             expected = [slope_along(model, gradients, direction_seed(seed, d)) for d in range(num_directions)]
-            assert list(estimate.projected_grads) == expected
+            assert list(estimate.coefficients) == expected
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -66,7 +66,7 @@ def test_one_update_moves_every_weight_by_lr_times_slope_along_the_direction(tmp
     model = Quadratic()
     before = weights_of(model)
     with opened(model, tmp_path / "store", **EXACT) as engine:
-        slope = engine.step([model], step=0).projected_grads[0]
+        slope = engine.step([model], step=0).coefficients[0]
         engine.commit(learning_rate=2.0**-6, weight_decay=0.0)
         engine.flush()
         for i, (name, parameter) in enumerate(model.named_parameters()):
@@ -148,7 +148,7 @@ def test_weight_decay_shrinks_the_named_weights_only(tmp_path):
     before = weights_of(model)
     with opened(model, tmp_path / "store", decay_names=["layers.0.up.weight"]) as engine:
         engine.step([lambda: model(batch())], step=0)
-        engine.commit(learning_rate=0.5, weight_decay=0.5, projected_grads=[0.0])
+        engine.commit(learning_rate=0.5, weight_decay=0.5, coefficients=[0.0])
         engine.flush()
     for name, parameter in model.named_parameters():
         shrunk = before[name] - before[name] * 0.5 * 0.5 if name == "layers.0.up.weight" else before[name]
@@ -228,7 +228,7 @@ def test_the_same_step_twice_gives_the_same_estimate(tmp_path):
 def test_directions_of_a_step_differ(tmp_path):
     model = toy()
     with opened(model, tmp_path / "store", num_directions=4) as engine:
-        assert len(set(engine.step([lambda: model(batch())], step=0).projected_grads)) == 4
+        assert len(set(engine.step([lambda: model(batch())], step=0).coefficients)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------- clean and finite
@@ -298,11 +298,11 @@ def test_the_record_holds_what_was_applied(tmp_path):
     model = toy()
     with opened(model, tmp_path / "store", zo_eps=1e-2) as engine:
         estimate = engine.step([lambda: model(batch())], step=4)
-        engine.commit(learning_rate=0.1, weight_decay=0.2, projected_grads=[0.5], grad_norm=0.75)
+        engine.commit(learning_rate=0.1, weight_decay=0.2, coefficients=[0.5], grad_norm=0.75)
         assert engine.store.journal.records == [
             StepRecord(
-                step=4, seed=derive_seed(7, 4, 0), projected_grads=(0.5,), learning_rate=0.1, weight_decay=0.2,
-                zo_eps=1e-2, loss_plus=estimate.loss_plus, loss_minus=estimate.loss_minus, grad_norm=0.75,
+                step=4, seed=derive_seed(7, 4, 0), coefficients=(0.5,), learning_rate=0.1, weight_decay=0.2,
+                zo_eps=1e-2, losses=(estimate.loss_plus, estimate.loss_minus), scalars=(0.75,),
             )
         ]  # fmt: skip
 

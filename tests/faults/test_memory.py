@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support.durable import Action, Player, QuickFS, Setup, make_record, small_layout, state_of, steps, visit
 from tests.support.processes import Report, in_child, single_threaded
 from zo2trl.errors import ZO2TRLError
-from zo2trl.zo import rules
+from zo2trl.zo import chunks
 
 SETUP = Setup(write_back=1, snapshot=2)
 LIFE = [*steps(1, 1), Action("replace", 1), *steps(2, 2), Action("back", 1), *steps(2, 2), Action("flush"),
@@ -95,7 +95,7 @@ def test_whoever_goes_on_after_it_gets_right_weights_or_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trainer that halves its batch when memory runs out goes on with the same store."""
-    monkeypatch.setattr(rules, "_CPU_CHUNK_TILES", 1)  # so that a resident unit is brought forward in several pieces
+    monkeypatch.setattr(chunks, "CPU_CHUNK_TILES", 1)  # so that a resident unit is brought forward in several pieces
     setup = Setup(layout=small_layout(root_tiles=3), write_back=1, snapshot=2)
     n_trials = 0
     for nth in range(1, 10_000):

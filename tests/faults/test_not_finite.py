@@ -95,7 +95,7 @@ def test_a_step_without_a_finite_loss_changes_nothing(fault: str, dtype: str, ki
 
 def assert_finite(records: list[StepRecord]) -> None:
     for record in records:
-        numbers = (*record.projected_grads, *(value for value in record if isinstance(value, float)))
+        numbers = (*record.coefficients, *(value for value in record if isinstance(value, float)))
         assert all(map(math.isfinite, numbers)), record
 
 

@@ -124,7 +124,7 @@ def test_running_out_of_gpu_memory_says_so_and_leaves_a_sound_run(
         if what == "forward":
             patch.setattr("torch.nn.functional.linear", fail)
         else:
-            patch.setattr("zo2trl.zo.rules.UpdateRule.visit", failing_visit(fail, what=what))
+            patch.setattr("zo2trl.zo.method.Method.visit", failing_visit(fail, what=what))
         with pytest.raises(torch.OutOfMemoryError) as caught:
             train(tmp_path / "store", range(3, 5), budgets=budgets, mode="continue")
     assert "device_memory" in " ".join(caught.value.__notes__)
@@ -136,12 +136,12 @@ def test_running_out_of_gpu_memory_says_so_and_leaves_a_sound_run(
 
 
 def failing_visit(fail: Callable[[], None], *, what: str) -> Any:
-    """`UpdateRule.visit` that fails where it makes probes, or where it catches up with a step of this process."""
-    from zo2trl.zo.rules import UpdateRule
+    """`Method.visit` that fails where it makes probes, or where it catches up with a step of this process."""
+    from zo2trl.zo.method import Method
 
-    real, n_caught_up = UpdateRule.visit, itertools.count(1)
+    real, n_caught_up = Method.visit, itertools.count(1)
 
-    def visit(self: UpdateRule, weights: Any, spans: Any, records: Any, **named: Any) -> None:
+    def visit(self: Method, weights: Any, spans: Any, records: Any, **named: Any) -> None:
         if (what == "perturb" and named.get("probes")) or (what == "replay" and records and next(n_caught_up) > 1):
             fail()
         real(self, weights, spans, records, **named)

@@ -33,7 +33,6 @@ def made_on(device: str, folder: Path, *, dtype: torch.dtype, **choices: Any) ->
         (torch.float32, {}),
         (torch.bfloat16, {"rounding": "stochastic"}),
         (torch.float16, {"rounding": "nearest"}),
-        (torch.bfloat16, {"update_along": "applied"}),
     ],
     ids=["float32", "bfloat16", "float16", "applied"],
 )

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from zo2trl.zo.noise import make_noise, rounding_bits
+from zo2trl.zo.noise import make_direction, rounding_bits
 from zo2trl.zo.tiles import TILE, TileMap
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -30,7 +30,7 @@ def filled(kind: str, seed: int, tiles: TileMap, device: str) -> torch.Tensor:
         rounding_bits(out, seed, tiles)
     else:
         out = torch.full((n_elements,), float("nan"), device=device)
-        make_noise(kind).fill(out, seed, tiles)
+        make_direction(kind).fill(out, seed, tiles)
     return out.view(torch.int32).cpu()  # bits: tells -0.0 from 0.0
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_written_outside_the_buffer():
     tiles = TileMap.for_tensors([(1, 5 * TILE + 5)])
     guarded = torch.full((len(tiles) * TILE + 2 * TILE,), float("nan"), device="cuda")
     for kind in ("rademacher", "gaussian"):
-        make_noise(kind).fill(guarded[TILE:-TILE], 5, tiles)
+        make_direction(kind).fill(guarded[TILE:-TILE], 5, tiles)
         assert guarded[:TILE].isnan().all() and guarded[-TILE:].isnan().all()
 
 
@@ -95,7 +95,7 @@ def test_buffers_beyond_two_billion_elements_are_filled_to_the_end():
     tiles = TileMap.for_tensors([(1, n_tiles * TILE)])
     out = torch.empty(n_tiles * TILE, device="cuda")
     for kind in ("rademacher", "gaussian"):
-        make_noise(kind).fill(out, 5, tiles)
+        make_direction(kind).fill(out, 5, tiles)
         last = filled(kind, 5, tiles.slice(n_tiles - 2, n_tiles), "cpu")
         assert torch.equal(out[-2 * TILE :].view(torch.int32).cpu(), last)
 

@@ -27,16 +27,15 @@ STEPS = st.builds(
     StepRecord,
     step=U64,
     seed=U64,
-    projected_grads=st.lists(FINITE, min_size=1, max_size=13).map(tuple),
+    coefficients=st.lists(FINITE, min_size=1, max_size=13).map(tuple),
     learning_rate=FINITE,
     weight_decay=FINITE,
     zo_eps=FINITE,
-    loss_plus=FINITE,
-    loss_minus=FINITE,
-    grad_norm=FINITE,
+    losses=st.lists(FINITE, max_size=4).map(tuple),
+    scalars=st.lists(FINITE, max_size=3).map(tuple),
 )
 RECORDS = st.lists(
-    STEPS | st.builds(SkipRecord, step=U64, seed=U64, loss_plus=st.floats(), loss_minus=st.floats()),
+    STEPS | st.builds(SkipRecord, step=U64, seed=U64, losses=st.lists(st.floats(), max_size=12).map(tuple)),
     unique_by=lambda record: record.step,
 ).map(lambda records: sorted(records, key=lambda record: record.step))
 
@@ -60,7 +59,7 @@ def test_a_step_takes_one_record_and_one_more_for_every_five_directions(tmp_path
     record = step(2, *(i / 7 for i in range(n_directions)))
     path = written(tmp_path / "journal", step(1), record, step(3))
     raw = path.read_bytes()[header_bytes(path) :]
-    n_settings, n_blocks = 1, 1 + -(-(n_directions - 1) // 5)
+    n_settings, n_blocks = 1 if n_directions == 1 else 3, 1 + -(-(n_directions - 1) // 5)
     assert len(raw.rstrip(b"\0")) == (n_settings + n_blocks + 2) * RECORD_BYTES
     with Journal.open(path) as journal:
         assert journal.records == [step(1), record, step(3)]
@@ -328,8 +327,8 @@ def test_an_existing_journal_is_never_replaced(tmp_path: Path) -> None:
 
 
 NOT_NEXT = [step(5), step(4), skip(5), step(6, float("nan")), step(6, 1.0, float("inf"))]
-NOT_NEXT += [step(6, **{name: float("inf")}) for name in ("learning_rate", "weight_decay", "zo_eps", "loss_plus")]
-NOT_NEXT += [step(6, loss_minus=float("nan")), step(6, grad_norm=float("nan")), step(6)._replace(projected_grads=())]
+NOT_NEXT += [step(6, **{name: float("inf")}) for name in ("learning_rate", "weight_decay", "zo_eps")]
+NOT_NEXT += [step(6, losses=(1.0, float("nan"))), step(6, scalars=(float("nan"),)), step(6)._replace(coefficients=())]
 
 
 @pytest.mark.parametrize("record", NOT_NEXT, ids=repr)

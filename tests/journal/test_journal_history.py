@@ -4,7 +4,7 @@ import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -185,8 +185,9 @@ def test_what_lies_in_the_future_or_is_no_mark_is_refused(tmp_path: Path) -> Non
 
 def test_a_fingerprint_names_one_history_and_no_other(tmp_path: Path) -> None:
     """Also when the last steps alone would not tell: ten skips in a row look the same in every run."""
-    changes = ["learning_rate", "weight_decay", "zo_eps", "loss_plus", "loss_minus", "grad_norm"]
-    firsts = [step(1), step(2), step(1, 0.5, 0.5), step(1, -0.5), *(step(1, **{name: 0.75}) for name in changes)]
+    changes: list[dict[str, Any]] = [{name: 0.75} for name in ("learning_rate", "weight_decay", "zo_eps")]
+    changes += [{"losses": (0.75, 3.0)}, {"losses": (2.5, 0.75)}, {"scalars": (0.75,)}, {"scalars": ()}]
+    firsts = [step(1), step(2), step(1, 0.5, 0.5), step(1, -0.5), *(step(1, **change) for change in changes)]
     histories = [[], *([first] for first in firsts), *([first, *map(skip, range(3, 13))] for first in firsts)]
     histories += [[step(1), step(2)], [*map(skip, range(3, 13))]]
     names = set()

@@ -201,7 +201,7 @@ def test_data_behind_the_zeros_is_refused_wherever_it_is(tmp_path: Path) -> None
         assert "record 2 is all zeros, but there is data behind it" in refusal(path, data)
 
 
-def crafted(text: bytes, *bodies: bytes, version: int = 2) -> bytes:
+def crafted(text: bytes, *bodies: bytes, version: int = 3) -> bytes:
     """A journal whose CRCs are all right, whatever it says."""
     n_bytes = -(-(len(text) + 30) // RECORD_BYTES) * RECORD_BYTES
     raw = (b"zo2trl journal %d %08x\n" % (version, n_bytes) + text).ljust(n_bytes - 4, b"\0")
@@ -222,17 +222,18 @@ def test_a_header_this_format_would_not_write_is_refused_whatever_its_crc(tmp_pa
     refusal(tmp_path / "journal", crafted(text))
 
 
-SETTINGS = struct.pack("<B7x2d", 6, 0.0, 1e-3)
-INFINITE_SETTINGS = struct.pack("<B7x2d", 6, 0.0, float("inf"))
-END = struct.pack("<B7xQ", 3, 2**60)  # a skip: what comes before it is not the torn end of the file
+SETTINGS = struct.pack("<BxHHH2d", 6, 1, 2, 1, 0.0, 1e-3)
+TWO_DIRECTIONS = struct.pack("<BxHHH2d", 6, 2, 2, 1, 0.0, 1e-3)
+INFINITE_SETTINGS = struct.pack("<BxHHH2d", 6, 1, 2, 1, 0.0, float("inf"))
+END = struct.pack("<BxxxQ", 3, 2**60)  # a skip: what comes before it is not the torn end of the file
 
 
-def step_body(number: int, n_directions: int = 1, gradient: float = 0.5) -> bytes:
-    return struct.pack("<BBHQQd", 1, 0, n_directions, number, 0, gradient)
+def step_body(number: int, n_values: int = 4, value: float = 0.5) -> bytes:
+    return struct.pack("<BBHQQ5d", 1, 0, n_values, number, 0, *[value] * 5)
 
 
-def coeffs_body(number: int, *, n_used: int, first: int = 1, gradient: float = 0.5) -> bytes:
-    return struct.pack("<BBxxIQ5d", 2, n_used, first, number, *[gradient] * 5)
+def values_body(number: int, *, n_used: int, first: int = 4, value: float = 0.5) -> bytes:
+    return struct.pack("<BBxxIQ5d", 2, n_used, first, number, *[value] * 5)
 
 
 @pytest.mark.parametrize(
@@ -240,21 +241,22 @@ def coeffs_body(number: int, *, n_used: int, first: int = 1, gradient: float = 0
     [
         ([b"\7"], "record 0 has type 7"),
         ([b"\0\1"], "record 0 has type 0"),
-        ([coeffs_body(1, n_used=1)], "record 0 has coefficients of no step"),
-        ([SETTINGS, step_body(5), coeffs_body(5, n_used=1)], "record 2 has coefficients of no step"),
-        ([struct.pack("<B7xQ", 3, 5), struct.pack("<B7xQ", 3, 5)], "record 1 is step 5 after step 5"),
+        ([values_body(1, n_used=1)], "record 0 has values of no step"),
+        ([SETTINGS, step_body(5), values_body(5, n_used=1)], "record 2 has values of no step"),
+        ([struct.pack("<BxxxQ", 3, 5), struct.pack("<BxxxQ", 3, 5)], "record 1 is step 5 after step 5"),
         ([SETTINGS, step_body(5), step_body(6), step_body(6)], "record 3 is step 6 after step 6"),
-        ([SETTINGS, step_body(5), struct.pack("<B7xQ", 3, 4)], "record 2 is step 4 after step 5"),
+        ([SETTINGS, step_body(5), struct.pack("<BxxxQ", 3, 4)], "record 2 is step 4 after step 5"),
         ([step_body(5)], "record 0 is a step without settings before it"),
         ([SETTINGS, END], "record 1 should be the step that the settings before it are for"),
-        ([SETTINGS, step_body(5, 0)], "step 5 with 0 directions"),
-        ([SETTINGS, step_body(5, 2), END], "step 5 with 2 directions, but 1 are there"),
-        ([SETTINGS, step_body(5, 2), coeffs_body(5, n_used=5)], "step 5 with 2 directions"),
-        ([SETTINGS, step_body(5, 2), coeffs_body(6, n_used=1)], "step 5 with 2 directions"),
-        ([SETTINGS, step_body(5, 2), coeffs_body(5, n_used=1, first=2)], "step 5 with 2 directions"),
-        ([SETTINGS, step_body(5, gradient=float("nan"))], "record 1 is a step with a number that is not finite"),
+        ([SETTINGS, step_body(5, 0)], "step 5 with 0 values"),
+        ([TWO_DIRECTIONS, step_body(5)], "step 5 with 4 values, and the settings before it say"),
+        ([TWO_DIRECTIONS, step_body(5, 5), END], "step 5 with 5 values, but 4 are there"),
+        ([TWO_DIRECTIONS, step_body(5, 5), values_body(5, n_used=5)], "step 5 with 5 values"),
+        ([TWO_DIRECTIONS, step_body(5, 5), values_body(6, n_used=1)], "step 5 with 5 values"),
+        ([TWO_DIRECTIONS, step_body(5, 5), values_body(5, n_used=1, first=5)], "step 5 with 5 values"),
+        ([SETTINGS, step_body(5, value=float("nan"))], "record 1 is a step with a number that is not finite"),
         (
-            [SETTINGS, step_body(5, 2), coeffs_body(5, n_used=1, gradient=float("inf"))],
+            [TWO_DIRECTIONS, step_body(5, 5), values_body(5, n_used=1, value=float("inf"))],
             "record 1 is a step with a",
         ),
         ([INFINITE_SETTINGS, step_body(5)], "record 0 has a number that is not finite"),
@@ -271,10 +273,10 @@ def test_records_that_make_no_sense_are_refused_although_their_crcs_are_right(
     assert said in refusal(tmp_path / "journal", crafted(b"{}\n", *bodies))
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_another_format_is_named_and_not_called_damage(tmp_path: Path, version: int) -> None:
     (tmp_path / "journal").write_bytes(crafted(b"{}\n", version=version))
-    with pytest.raises(StoreForeign, match=f"has journal format {version}; this zo2trl reads format 2"):
+    with pytest.raises(StoreForeign, match=f"has journal format {version}; this zo2trl reads format 3"):
         Journal.open(tmp_path / "journal")
 
 

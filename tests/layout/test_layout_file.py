@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.support.models import NAMES, tiny_model
-from tests.support.stores import rule
+from tests.support.stores import method
 from zo2trl.errors import StoreCorrupt
 from zo2trl.layout.layout import Layout, Unit
 from zo2trl.layout.layout_file import base_digest, read_layout, write_layout
@@ -26,8 +26,8 @@ from zo2trl.zo.tiles import TILE
 
 RECORDS = [
     StepRecord(
-        step=step, seed=77 + step, projected_grads=(0.5, -0.25), learning_rate=0.01, weight_decay=0.1, zo_eps=1e-3,
-        loss_plus=1.0, loss_minus=0.5, grad_norm=0.1,
+        step=step, seed=77 + step, coefficients=(0.5, -0.25), learning_rate=0.01, weight_decay=0.1, zo_eps=1e-3,
+        losses=(1.0, 0.5), scalars=(0.1,),
     )
     for step in range(3)
 ]  # fmt: skip
@@ -98,7 +98,7 @@ def test_whole_units_have_the_spans_of_a_layout_by_blocks(tmp_path: Path) -> Non
 def test_replay_on_whole_units_gives_the_bits_of_replay_leaf_by_leaf(tmp_path: Path, rounding: Any) -> None:
     layout = layout_of(Mixed(), by_leaf=True)
     stored = read_layout(written(tmp_path, layout)).layout
-    arithmetic = rule(rounding)
+    arithmetic = method(rounding)
     for unit, segment in zip(layout.units, stored.segments, strict=True):
         whole = torch.randint(0, 64, (unit.n_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
         by_leaf = whole.clone()

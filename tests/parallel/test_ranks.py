@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -56,10 +57,10 @@ def test_a_step_that_another_process_copies_is_the_same_to_the_last_bit() -> Non
     draw = random.Random(3)
     steps = [
         StepRecord(
-            step=7, seed=2**64 - 1, projected_grads=(draw.gauss(0, 1), -0.0, 5e-324), learning_rate=draw.random(),
-            weight_decay=0.1, zo_eps=1e-3, loss_plus=draw.random(), loss_minus=draw.random(), grad_norm=draw.random(),
+            step=7, seed=2**64 - 1, coefficients=(draw.gauss(0, 1), -0.0, 5e-324), learning_rate=draw.random(),
+            weight_decay=0.1, zo_eps=1e-3, losses=(draw.random(), draw.random()), scalars=(draw.random(),),
         ),
-        SkipRecord(step=8, seed=5, loss_plus=float("inf"), loss_minus=1.0),
+        SkipRecord(step=8, seed=5, losses=(float("inf"), 1.0)),
     ]  # fmt: skip
     for step in steps:
         values = step._asdict() if isinstance(step, StepRecord) else vars_of(step)
@@ -67,5 +68,5 @@ def test_a_step_that_another_process_copies_is_the_same_to_the_last_bit() -> Non
         assert repr(copied) == repr(step)
 
 
-def vars_of(step: SkipRecord) -> dict[str, float]:
-    return {name: getattr(step, name) for name in ("step", "seed", "loss_plus", "loss_minus")}
+def vars_of(step: SkipRecord) -> dict[str, Any]:
+    return {name: getattr(step, name) for name in ("step", "seed", "losses")}

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from tests.support.stores import CPU, rule, synthetic_layout
+from tests.support.stores import CPU, method, synthetic_layout
 from zo2trl.engine.open_store import Mode, StoreSpec, open_store
 from zo2trl.files.fs import FS, LOCAL
 from zo2trl.layout.layout import Layout, TensorSpec
@@ -24,8 +24,8 @@ from zo2trl.planning.write_schedule import WriteSchedule
 from zo2trl.tiers.folder import StoreFolder
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import carve
+from zo2trl.zo.method import Method
 from zo2trl.zo.records import Record, SkipRecord, StepRecord
-from zo2trl.zo.rules import UpdateRule
 
 Bytes = dict[str, bytes]  # tensor name -> its bytes, padding included
 
@@ -80,7 +80,7 @@ class Setup:
     write_back: int = 2
     snapshot: int = 3
     sync_every: int = 1
-    rule: UpdateRule = field(default_factory=rule)
+    method: Method = field(default_factory=method)
 
     def open(self, path: Path, *, mode: Mode = "begin", fs: FS = LOCAL, seed: int = 0) -> TieredStore:
         """Open the store in `path`, as `open_engine` would."""
@@ -110,7 +110,7 @@ class Setup:
         """What `open_store` asks for."""
         every: dict[TierName, int] = {"cpu": self.write_back, "disk": self.write_back}
         return StoreSpec(
-            layout=self.layout, placement=self.placement(), rule=self.rule, device=CPU,
+            layout=self.layout, placement=self.placement(), method=self.method, device=CPU,
             write_schedule=WriteSchedule(write_back=every, snapshot=self.snapshot), facts={"decays": [], "seed": 0},
             base_folder=None if self.keep_base else "somewhere", sync_every=self.sync_every,
             describe=lambda folder: None,
@@ -154,7 +154,7 @@ class Reference:
             flat = torch.frombuffer(
                 bytearray(b"".join(self._weights[-1][spec.name] for spec in segment.tensors)), dtype=torch.uint8
             )
-            self._setup.rule.replay(flat, segment.spans, [record])
+            self._setup.method.replay(flat, segment.spans, [record])
             for spec in segment.tensors:
                 start = spec.byte_offset - segment.byte_start
                 self._weights[-1][spec.name] = flat[start : start + spec.n_padded_bytes].numpy().tobytes()
@@ -205,14 +205,14 @@ def make_record(step: int, *, directions: int = 1, seed: int | None = None) -> S
     draw = random.Random(step if seed is None else seed)
     return StepRecord(
         step=step, seed=draw.getrandbits(64),
-        projected_grads=tuple(draw.choice([-2.0, 0.5, 1.25]) for _ in range(directions)),
-        learning_rate=0.125, weight_decay=0.0, zo_eps=1e-3, loss_plus=1.0, loss_minus=0.5, grad_norm=1.0,
+        coefficients=tuple(draw.choice([-2.0, 0.5, 1.25]) for _ in range(directions)),
+        learning_rate=0.125, weight_decay=0.0, zo_eps=1e-3, losses=(1.0, 0.5), scalars=(1.0,),
     )  # fmt: skip
 
 
 def make_skip(step: int) -> SkipRecord:
     """A step whose loss was not finite."""
-    return SkipRecord(step=step, seed=step, loss_plus=float("inf"), loss_minus=1.0)
+    return SkipRecord(step=step, seed=step, losses=(float("inf"), 1.0))
 
 
 def visit(store: TieredStore) -> Bytes:

@@ -2,23 +2,24 @@
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 from zo2trl.journal.journal import JSON, RECORD_BYTES, Journal, UnitRecord
 from zo2trl.zo.records import Record, SkipRecord, StepRecord
 
-HEADER: dict[str, JSON] = {"noise": "philox4x32-10/rademacher-1", "layout": "abc", "nested": {"b": [1, None, 2.5]}}
+HEADER: dict[str, JSON] = {"method": "toy", "layout": "abc", "nested": {"b": [1, None, 2.5]}}
 
 
-def step(number: int, *gradients: float, **fields: float) -> StepRecord:
+def step(number: int, *gradients: float, **fields: Any) -> StepRecord:
     scalars = {"learning_rate": 1e-6, "weight_decay": 0.0, "zo_eps": 1e-3}
-    losses = {"loss_plus": 2.5, "loss_minus": 2.0 + number, "grad_norm": 0.5}
+    values: dict[str, Any] = {"losses": (2.5, 2.0 + number), "scalars": (0.5,)}
     return StepRecord(
-        step=number, seed=2**64 - 1 - number, projected_grads=gradients or (0.5,), **(scalars | losses | fields)
+        step=number, seed=2**64 - 1 - number, coefficients=gradients or (0.5,), **(scalars | values | fields)
     )
 
 
 def skip(number: int) -> SkipRecord:
-    return SkipRecord(step=number, seed=number, loss_plus=float("nan"), loss_minus=float("-inf"))
+    return SkipRecord(step=number, seed=number, losses=(float("nan"), float("-inf")))
 
 
 def unit(index: int, position: int, revision: int = 0, *, is_base: bool = False) -> UnitRecord:

@@ -30,10 +30,10 @@ tqdm.tqdm.monitor_interval = 0  # transformers' first bar would start a thread t
 def invented(step: int) -> Record:
     """What happened at a step: every fourth one was skipped."""
     if step % 4 == 2:
-        return SkipRecord(step=step, seed=900 + step, loss_plus=float("nan"), loss_minus=1.0)
+        return SkipRecord(step=step, seed=900 + step, losses=(float("nan"), 1.0))
     return StepRecord(
-        step=step, seed=900 + step, projected_grads=(0.5 + step, -0.25)[: 1 + step % 2], learning_rate=0.01,
-        weight_decay=0.125 if step % 3 else 0.0, zo_eps=1e-3, loss_plus=2.5, loss_minus=2.25, grad_norm=0.5 + step,
+        step=step, seed=900 + step, coefficients=(0.5 + step, -0.25)[: 1 + step % 2], learning_rate=0.01,
+        weight_decay=0.125 if step % 3 else 0.0, zo_eps=1e-3, losses=(2.5, 2.25), scalars=(0.5 + step,),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zo2trl.zo.noise import make_noise
+from zo2trl.zo.noise import make_direction
 from zo2trl.zo.seeds import derive_seed
 from zo2trl.zo.tiles import TILE, TileMap
 
@@ -32,7 +32,7 @@ class PlainZO:
     def __init__(self, model: nn.Module, *, direction: str = "rademacher", seed: int = 42, eps: float = 1e-3) -> None:
         named = enumerate(model.named_parameters())
         self._parameters = [(i, name, p) for i, (name, p) in named if p.requires_grad]
-        self._noise, self._seed, self._eps = make_noise(direction), seed, eps
+        self._noise, self._seed, self._eps = make_direction(direction), seed, eps
 
     def step(
         self,

@@ -22,9 +22,9 @@ from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
-from zo2trl.zo.noise import make_noise
+from zo2trl.zo.method import Method, make_method
 from zo2trl.zo.records import StepRecord
-from zo2trl.zo.rules import Rounding, UpdateRule
+from zo2trl.zo.rounding import Rounding
 from zo2trl.zo.tiles import TILE, Span, TileMap
 
 CPU = torch.device("cpu")
@@ -63,16 +63,16 @@ def streamed_segments(count: int, *, tiles: int = 1) -> list[Segment]:
     return synthetic_layout([[tiles]] * count).segments[1:]
 
 
-def rule(rounding: Rounding = "nearest", noise: str = "rademacher") -> UpdateRule:
-    return UpdateRule(noise=make_noise(noise), rounding=rounding)
+def method(rounding: Rounding = "nearest", direction: str = "rademacher") -> Method:
+    return make_method(direction, rounding=rounding)
 
 
 def record(
     step: int, *, grad: float = 0.25, lr: float = 0.125, wd: float = 0.0, seed: int | None = None
 ) -> StepRecord:
     return StepRecord(
-        step=step, seed=1000 + step if seed is None else seed, projected_grads=(grad,), learning_rate=lr,
-        weight_decay=wd, zo_eps=1e-3, loss_plus=2.0 + grad * 1e-3, loss_minus=2.0 - grad * 1e-3, grad_norm=abs(grad),
+        step=step, seed=1000 + step if seed is None else seed, coefficients=(grad,), learning_rate=lr,
+        weight_decay=wd, zo_eps=1e-3, losses=(2.0 + grad * 1e-3, 2.0 - grad * 1e-3), scalars=(abs(grad),),
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def make_store(
     journal = Journal.create(folder / "journal", header={}, units=files.first_records, sync_every=0)
     files.attach(journal, layout.units)
     return TieredStore(
-        residency, journal=journal, logbook=Logbook.open(folder / "logbook"), rule=rule(), device=CPU,
+        residency, journal=journal, logbook=Logbook.open(folder / "logbook"), method=method(), device=CPU,
         write_schedule=WriteSchedule(write_back={"cpu": every, "disk": every}, snapshot=snapshot),
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from zo2trl.engine.opening import EngineOptions, open_engine
 from zo2trl.engine.step import Engine
 from zo2trl.planning.budgets import Budgets
-from zo2trl.zo.noise import make_noise
+from zo2trl.zo.noise import make_direction
 from zo2trl.zo.seeds import derive_seed
 from zo2trl.zo.tiles import TILE, TileMap
 
@@ -143,7 +143,7 @@ def direction(tensor_id: int, shape: torch.Size, *, seed: int, kind: str = "rade
     numel = shape.numel()
     tiles = TileMap.for_tensors([(tensor_id, numel)])
     z = torch.empty(len(tiles) * TILE)
-    make_noise(kind).fill(z, seed, tiles)
+    make_direction(kind).fill(z, seed, tiles)
     return z[:numel].view(shape)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.support.stores import record, rule, streamed_segments, synthetic_layout
+from tests.support.stores import method, record, streamed_segments, synthetic_layout
 from zo2trl.tiers.catch_up import catch_up
 from zo2trl.tiers.ledger import Ledger
 from zo2trl.zo.tiles import TILE
@@ -18,23 +18,23 @@ def test_a_segment_that_is_behind_gets_exactly_the_steps_it_missed():
     (segment,) = streamed_segments(1)
     eager = fresh(segment)
     for position in range(4):
-        assert catch_up(eager, segment, RECORDS[: position + 1], position=position, rule=rule())
+        assert catch_up(eager, segment, RECORDS[: position + 1], position=position, method=method())
     lazy = fresh(segment)
-    assert catch_up(lazy, segment, RECORDS, position=0, rule=rule())
+    assert catch_up(lazy, segment, RECORDS, position=0, method=method())
     assert torch.equal(lazy, eager) and not torch.equal(lazy, fresh(segment))
 
 
 def test_nothing_is_pending_at_the_journals_end():
     (segment,) = streamed_segments(1)
     weights = fresh(segment)
-    assert not catch_up(weights, segment, RECORDS, position=4, rule=rule())
+    assert not catch_up(weights, segment, RECORDS, position=4, method=method())
     assert torch.equal(weights, fresh(segment))
 
 
 def test_frozen_segments_never_have_anything_pending():
     segment = synthetic_layout([[1]], trainable=False).segments[1]
     weights = fresh(segment)
-    assert not catch_up(weights, segment, RECORDS, position=0, rule=rule())
+    assert not catch_up(weights, segment, RECORDS, position=0, method=method())
     assert torch.equal(weights, fresh(segment))
 
 
@@ -43,7 +43,7 @@ def test_the_leaves_of_a_unit_catch_up_like_the_unit():
     one, two = layout.segments[1:]
     parts = [fresh(one), fresh(two)]
     for segment, weights in zip((one, two), parts, strict=True):
-        catch_up(weights, segment, RECORDS, position=0, rule=rule())
+        catch_up(weights, segment, RECORDS, position=0, method=method())
     assert not torch.equal(parts[0][: TILE * 4], parts[1]), "each tensor has a direction of its own"
 
 

@@ -12,9 +12,9 @@ from tests.support.stores import (
     assert_equal,
     at_home,
     make_store,
+    method,
     open_store,
     record,
-    rule,
     source_of,
     visit_all,
 )
@@ -33,7 +33,7 @@ def eager_weights(model, records):
         flat = torch.zeros(segment.n_bytes, dtype=torch.uint8)
         for spec in segment.tensors:
             flat[spec.byte_offset : spec.byte_offset + spec.n_bytes].view(spec.dtype).copy_(values(spec).flatten())
-        rule().replay(flat, segment.spans, records)
+        method().replay(flat, segment.spans, records)
         for spec in segment.tensors:
             piece = flat[spec.byte_offset : spec.byte_offset + spec.n_bytes].view(spec.dtype)
             result[spec.name] = piece.view(spec.shape).clone()

@@ -8,7 +8,7 @@ from tests.tiers.test_store import eager_weights, hashes
 from zo2trl.errors import StoreError
 from zo2trl.files.fs import FS
 from zo2trl.tiers.disk import DiskTier
-from zo2trl.zo.rules import UpdateRule
+from zo2trl.zo.updates import SGD
 
 
 class FailingWrites(FS):
@@ -86,14 +86,14 @@ def test_a_resident_unit_that_absorbed_half_a_step_is_not_lent_again(tmp_path, m
     model = toy()
     with open_store(model, tmp_path, tier="gpu") as store:
         store.append(record(0))
-        real = UpdateRule._step
+        real = SGD.apply
 
         def fail_half_way(self, weights, *args, **named):
             real(self, weights, *args, **named)
             raise MemoryError("no room for the rest of the unit")
 
         with monkeypatch.context() as patch:
-            patch.setattr(UpdateRule, "_step", fail_half_way)
+            patch.setattr(SGD, "apply", fail_half_way)
             with pytest.raises(MemoryError):
                 visit_all(store)
         with pytest.raises(StoreError, match=r"layers.0.*not known.*resume_from_checkpoint"):

@@ -24,7 +24,7 @@ from tests.support.runs import (
 )
 from zo2trl import ZOConfig, ZOTrainer
 from zo2trl.trainers import stepping
-from zo2trl.zo.noise import make_noise
+from zo2trl.zo.noise import make_direction
 from zo2trl.zo.tiles import TILE, TileMap
 
 PLACES = pytest.mark.parametrize("place", [EVERYTHING_ON_DEVICE, STREAMED_FROM_DISK], ids=["device", "disk"])
@@ -84,15 +84,15 @@ def test_max_grad_norm_clips_the_projected_gradient(tmp_path: Path) -> None:
         trainer.train()
         logs, records = step_logs(trainer), trainer.engine.store.journal.records
     assert all(abs(log["zo/projected_grad"]) > 0.125 for log in logs)  # the logs show what was measured
-    assert [abs(record.projected_grads[0]) for record in records] == pytest.approx([0.125] * len(records))
-    assert [np.sign(r.projected_grads[0]) for r in records] == [np.sign(log["zo/projected_grad"]) for log in logs]
+    assert [abs(record.coefficients[0]) for record in records] == pytest.approx([0.125] * len(records))
+    assert [np.sign(r.coefficients[0]) for r in records] == [np.sign(log["zo/projected_grad"]) for log in logs]
 
 
 def test_by_default_nothing_is_clipped(tmp_path: Path) -> None:
     with closing(zo_trainer(tmp_path, tiny_model("opt"), **one_batch())) as trainer:
         trainer.train()
         records = trainer.engine.store.journal.records
-        assert [r.projected_grads[0] for r in records] == [log["zo/projected_grad"] for log in step_logs(trainer)]
+        assert [r.coefficients[0] for r in records] == [log["zo/projected_grad"] for log in step_logs(trainer)]
 
 
 @PLACES
@@ -100,9 +100,9 @@ def test_several_directions_are_averaged(place: dict, tmp_path: Path) -> None:
     with closing(zo_trainer(tmp_path, tiny_model("opt"), **one_batch(), num_directions=3, **place)) as trainer:
         trainer.train()
         records, logs = trainer.engine.store.journal.records, step_logs(trainer)
-    assert [len(record.projected_grads) for record in records] == [3] * len(records)
-    assert len(set(records[0].projected_grads)) == 3
-    means = [sum(record.projected_grads) / 3 for record in records]
+    assert [len(record.coefficients) for record in records] == [3] * len(records)
+    assert len(set(records[0].coefficients)) == 3
+    means = [sum(record.coefficients) / 3 for record in records]
     assert [log["zo/projected_grad"] for log in logs] == pytest.approx(means, rel=1e-12)
 
 
@@ -239,10 +239,10 @@ def test_on_a_parabola_the_projected_gradient_is_the_exact_slope(zo_eps: float, 
     w = Parabola().w.detach()
     for record in records:
         z = torch.empty(TILE)
-        make_noise("rademacher").fill(z, record.seed, TileMap.for_tensors([(0, 300)]))
+        make_direction("rademacher").fill(z, record.seed, TileMap.for_tensors([(0, 300)]))
         slope = (z[:300].double() @ w.double()).item()
-        assert record.projected_grads[0] == pytest.approx(slope, abs=1e-3)
-        w = w - z[:300] * record.projected_grads[0] * 1e-3
+        assert record.coefficients[0] == pytest.approx(slope, abs=1e-3)
+        w = w - z[:300] * record.coefficients[0] * 1e-3
     assert torch.equal(w, final)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zo2trl.zo.estimators import CLEAN, Estimate, Probe, TwoSidedSPSA
-from zo2trl.zo.noise import make_noise
+from zo2trl.zo.noise import make_direction
 from zo2trl.zo.tiles import TILE, TileMap
 
 eighths = st.lists(st.integers(-64, 64), min_size=1, max_size=40).map(lambda values: torch.tensor(values) / 8)
@@ -30,7 +30,7 @@ def test_on_a_quadratic_the_slope_is_the_exact_directional_derivative_at_any_eps
         0.5 * (distance + probe.coefficient * signs).square().sum() for probe in TwoSidedSPSA(zo_eps=eps).probes()
     ]
     estimate = TwoSidedSPSA(zo_eps=eps).combine([float(loss) for loss in losses])
-    assert estimate.projected_grads == (float(distance @ signs),)
+    assert estimate.coefficients == (float(distance @ signs),)
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
@@ -38,12 +38,12 @@ def test_slope_times_direction_is_the_gradient_on_average(kind):
     n, n_draws, eps = 24, 4000, 0.25
     gradient = torch.randn(n, generator=torch.Generator().manual_seed(1))
     total, z = torch.zeros(n), torch.empty(TILE)
-    noise, tiles = make_noise(kind), TileMap.for_tensors([(0, n)])
+    noise, tiles = make_direction(kind), TileMap.for_tensors([(0, n)])
     estimator = TwoSidedSPSA(zo_eps=eps)
     for seed in range(n_draws):
         noise.fill(z, seed, tiles)
         losses = [float(0.5 * (gradient + p.coefficient * z[:n]).square().sum()) for p in estimator.probes()]
-        total += estimator.combine(losses).projected_grads[0] * z[:n]
+        total += estimator.combine(losses).coefficients[0] * z[:n]
     # The variance of one component is at most ||gradient||^2 + gradient_i^2.
     tolerance = 5 * math.sqrt(2 * float(gradient.square().sum()) / n_draws)
     assert torch.allclose(total / n_draws, gradient, atol=tolerance, rtol=0)
@@ -51,18 +51,18 @@ def test_slope_times_direction_is_the_gradient_on_average(kind):
 
 def test_slopes_are_computed_in_float64():
     estimate = TwoSidedSPSA(zo_eps=2.0**-10).combine([1.0 + 2.0**-50, 1.0])
-    assert estimate.projected_grads == (2.0**-41,)
+    assert estimate.coefficients == (2.0**-41,)
 
 
 def test_each_direction_gets_the_slope_of_its_own_losses():
     estimate = TwoSidedSPSA(zo_eps=0.5, num_directions=3).combine([3.0, 1.0, 1.0, 4.0, 2.0, 2.0])
-    assert estimate.projected_grads == (2.0, -3.0, 0.0)
+    assert estimate.coefficients == (2.0, -3.0, 0.0)
     assert estimate.projected_grad == pytest.approx(-1 / 3)
     assert (estimate.loss_plus, estimate.loss_minus) == (2.0, pytest.approx(7 / 3))
 
 
 def test_the_reported_loss_is_the_mean_of_plus_and_minus():
-    assert Estimate(projected_grads=(1.0,), loss_plus=3.0, loss_minus=1.0).loss == 2.0
+    assert Estimate(coefficients=(1.0,), losses=(3.0, 1.0)).loss == 2.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from zo2trl.errors import ConfigError
 from zo2trl.zo.gaussian import N_FIELDS, gaussian_table
-from zo2trl.zo.noise import make_noise, rounding_bits
+from zo2trl.zo.noise import make_direction, rounding_bits
 from zo2trl.zo.philox import philox4x32_10
 from zo2trl.zo.seeds import derive_seed
 from zo2trl.zo.tiles import TILE, TileMap
@@ -32,7 +32,7 @@ def filled(kind, seed, tiles):
         rounding_bits(out, seed, tiles)
     else:
         out = torch.full((n_elements,), float("nan"))
-        make_noise(kind).fill(out, seed, tiles)
+        make_direction(kind).fill(out, seed, tiles)
     return out.numpy()
 
 
@@ -130,8 +130,8 @@ def test_tiles_past_four_billion_calls_are_numbered_in_64_bits(kind):
 def test_the_streams_never_change_under_their_identity(kind, crc):
     values = tensor_values(kind, 0x0123_4567_89AB_CDEF, 42, 2 * TILE)
     assert zlib.crc32(values.astype(values.dtype.newbyteorder("<")).tobytes()) == crc
-    assert make_noise("rademacher").identity == "philox4x32-10/rademacher-1"
-    assert make_noise("gaussian").identity == "philox4x32-10/gaussian-2"
+    assert make_direction("rademacher").identity == "philox4x32-10/rademacher-1"
+    assert make_direction("gaussian").identity == "philox4x32-10/gaussian-2"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -313,12 +313,12 @@ def test_a_map_takes_memory_per_tensor_however_large_it_is():
 
 def test_unknown_direction_names_the_nearest_valid_one():
     with pytest.raises(ConfigError, match=r'"gausian"; the nearest is "gaussian".*"rademacher", "gaussian", "mezo"'):
-        make_noise("gausian")
+        make_direction("gausian")
 
 
 def test_mezo_is_pointed_to_its_own_module():
     with pytest.raises(ConfigError, match=r"zo2trl\.zo\.mezo"):
-        make_noise("mezo")
+        make_direction("mezo")
 
 
 def test_derived_seeds_are_words_of_philox_and_do_not_collide():

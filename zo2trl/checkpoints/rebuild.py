@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from zo2trl.checkpoints.stored_run import StoredRun, rule_of
+from zo2trl.checkpoints.stored_run import StoredRun, method_to_repeat
 from zo2trl.errors import StoreCorrupt, StoreError, StoreForeign, ZO2TRLError
 from zo2trl.files.fs import FS, LOCAL
 from zo2trl.journal.journal import UnitRecord
@@ -25,8 +25,8 @@ from zo2trl.layout.layout import TensorSpec, Unit
 from zo2trl.layout.layout_file import whole_segment
 from zo2trl.tiers.tier import encoded, host_bytes, put_tensor, tensor_view
 from zo2trl.tiers.unit_files import padded_crc, table_crc, tensor_crcs
+from zo2trl.zo.method import Method
 from zo2trl.zo.records import Record, StepRecord
-from zo2trl.zo.rules import UpdateRule
 
 __all__ = ["BaseSource", "Progress", "Rebuild"]
 
@@ -81,7 +81,7 @@ class Rebuild:
         self._run, self._position, self._base, self._device = run, position, base, device
         self._scratch, self._progress, self._fs = scratch, progress, fs
         self._mapped: dict[int, tuple[UnitRecord, np.ndarray]] = {}
-        self._rule: UpdateRule | None = None
+        self._method: Method | None = None
         self._done = self._total = self._largest = 0
         self._buffer: torch.Tensor | None = None
 
@@ -245,11 +245,11 @@ class Rebuild:
         return value
 
     def _replay(self, unit: Unit, data: torch.Tensor, records: Sequence[Record]) -> None:
-        self._rule = self._rule or rule_of(self._run, self._device)
+        self._method = self._method or method_to_repeat(self._run, self._device)
         spans = whole_segment(unit).spans
         for first in range(0, len(records), _RECORDS_PER_REPLAY):
             some = records[first : first + _RECORDS_PER_REPLAY]
-            self._rule.replay(data, spans, some)
+            self._method.replay(data, spans, some)
             self._advance(unit, unit.stored_bytes * len(some))
 
     def _to_scratch(self, unit: Unit, data: torch.Tensor) -> Path:

@@ -7,7 +7,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -18,12 +17,11 @@ from zo2trl.layout.layout import Layout
 from zo2trl.layout.layout_file import StoredLayout, base_digest, read_layout
 from zo2trl.tiers.folder import StoreFolder
 from zo2trl.tiers.unit_files import UnitFiles
-from zo2trl.zo.mezo import MezoNoise, device_kind
-from zo2trl.zo.noise import Gaussian, Noise, Rademacher
+from zo2trl.zo.method import DrawnOtherwise, Method, UnknownPart, method_of
+from zo2trl.zo.mezo import device_kind
 from zo2trl.zo.records import Record
-from zo2trl.zo.rules import Rounding, UpdateAlong, UpdateRule
 
-__all__ = ["Moment", "StoredRun", "mismatches", "rule_of"]
+__all__ = ["Moment", "StoredRun", "method_to_repeat", "mismatches"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,50 +130,33 @@ def mismatches(folder: StoreFolder, header: Mapping[str, JSON], stored: StoredLa
         yield f"{folder.layout} lets weights decay that do not in {folder.journal}. {cure}"
 
 
-def rule_of(run: StoredRun, device: torch.device) -> UpdateRule:
-    """Return the update rule that repeats a run's steps on `device`.
+def method_to_repeat(run: StoredRun, device: torch.device) -> Method:
+    """Return the method that repeats a run's steps on `device`.
 
     Raises:
         StoreForeign: repeating them needs another zo2trl, or another kind of device.
     """
-    noise = _noise_of(run, device)
-    rules = [
-        UpdateRule(noise=noise, rounding=rounding, update_along=along)
-        for rounding in get_args(Rounding)
-        for along in get_args(UpdateAlong)
-    ]
-    found = run.header.get("rule")
-    rule = next((rule for rule in rules if rule.identity == found), None)
-    if rule is None or run.header.get("rounding") != rule.rounding:
-        raise _unknown(run, "rule")
     if run.header.get("codec") != run.stored.layout.stored_forms:
         raise _unknown(run, "codec")
-    return rule
-
-
-def _noise_of(run: StoredRun, device: torch.device) -> Noise:
-    identity = str(run.header.get("noise"))
-    for kind in (Rademacher, Gaussian):
-        if identity == kind.identity:
-            return kind()
     layout = Layout(units=run.stored.units, points=(), stack_ends=frozenset(), leaf_blocks=frozenset())
     tensors = [(spec.tensor_id, spec.numel) for spec in layout.trainable_tensors()]
-    mezo = MezoNoise(tensors, device_kind=device_kind(device))
-    if identity == mezo.identity:
-        return mezo
-    if identity.split("/")[0] == mezo.identity.split("/")[0]:
+    kind = device_kind(device)
+    try:
+        return method_of(str(run.header.get("method")), tensors=tensors, device_kind=kind)
+    except DrawnOtherwise as error:
         raise StoreForeign(
-            f"{run.folder.journal} was recorded with the directions {identity!r}, which this device draws otherwise "
-            f"({mezo.identity!r}). Use `--device {run.header.get('device')}` on the kind of machine that made it."
-        )
-    raise _unknown(run, "noise")
+            f"{run.folder.journal} was recorded with the directions {error.name!r}, which this device draws otherwise "
+            f"({error.here!r}). Use `--device {run.header.get('device')}` on the kind of machine that made it."
+        ) from error
+    except UnknownPart as error:
+        raise _unknown(run, "method") from error
 
 
 def _unknown(run: StoredRun, name: str) -> StoreForeign:
     versions = run.header.get("versions")
     wrote = versions.get("zo2trl") if isinstance(versions, dict) else None
     return StoreForeign(
-        f"{run.folder.journal} has the {name} {str(run.header.get(name))[:60]!r}, which this zo2trl does not know. "
+        f"{run.folder.journal} has the {name} {str(run.header.get(name))[:100]!r}, which this zo2trl does not know. "
         f"Use zo2trl {wrote or 'in the version that wrote it'}."
     )
 

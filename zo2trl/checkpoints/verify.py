@@ -17,7 +17,7 @@ import torch
 from zo2trl.checkpoints.base_weights import BaseWeights
 from zo2trl.checkpoints.model_files import ModelFiles
 from zo2trl.checkpoints.rebuild import Progress
-from zo2trl.checkpoints.stored_run import StoredRun, mismatches, rule_of
+from zo2trl.checkpoints.stored_run import StoredRun, method_to_repeat, mismatches
 from zo2trl.errors import StoreError, StoreForeign, ZO2TRLError
 from zo2trl.files.fs import FS, LOCAL, MAX_LOCK_TEXT
 from zo2trl.files.strict_json import Fields, read_json
@@ -163,7 +163,7 @@ class _Verification:
         files.attach(journal, stored.units)
         run = StoredRun(folder, journal.header, list(journal.records), stored, files, self._fs, journal.fingerprint)
         with self._as_finding(folder.journal, Severity.NOTE):
-            rule_of(run, torch.device("cpu"))
+            method_to_repeat(run, torch.device("cpu"))
         self._units(run)
         if model is not None:
             self._base(run, model, base)

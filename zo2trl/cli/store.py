@@ -177,7 +177,7 @@ def _rows(records: Sequence["Record"], notes: dict[int, list[str]], *, first: in
         row |= {"loss_plus": record.loss_plus, "loss_minus": record.loss_minus}
         if isinstance(record, StepRecord):
             row |= {
-                "projected_grads": record.projected_grads, "grad_norm": record.grad_norm,
+                "projected_grads": record.coefficients, "grad_norm": record.grad_norm,
                 "learning_rate": record.learning_rate, "weight_decay": record.weight_decay, "zo_eps": record.zo_eps,
             }  # fmt: skip
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}

@@ -30,7 +30,7 @@ def agree_on_run(ranks: Ranks, *, header: Mapping[str, Any], choices: Mapping[st
         ConfigError: a choice differs between ranks.
         RankLost, RanksDiverged: see `Ranks.exchange`.
     """
-    facts = {name: header[name] for name in ("layout", "noise", "rule", "rounding", "codec", "decays", "seed")}
+    facts = {name: header[name] for name in ("layout", "method", "codec", "decays", "seed")}
     ranks.agree_on("The run that all processes make", {**facts, **choices, "number of processes": ranks.size})
     return ranks.all_gather("name of the run", store_id)[0]
 
@@ -85,7 +85,7 @@ def _encode(store: TieredStore, position: int) -> dict[str, Any]:
 
 
 def _decode(step: Mapping[str, Any]) -> Record:
-    values = dict(step["values"])
-    if "projected_grads" not in values:
-        return SkipRecord(**values)
-    return StepRecord(**{**values, "projected_grads": tuple(values["projected_grads"])})
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in step["values"].items()
+    }
+    return StepRecord(**values) if "coefficients" in values else SkipRecord(**values)

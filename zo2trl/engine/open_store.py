@@ -36,7 +36,7 @@ from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import Source, Tiers
 from zo2trl.tiers.unit_files import CRC_BYTES, UnitFiles
 from zo2trl.versions import package_version
-from zo2trl.zo.rules import UpdateRule
+from zo2trl.zo.method import Method, differing_part
 
 __all__ = ["Mode", "StoreSpec", "open_store"]
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 Mode = Literal["begin", "continue", "read"]
 BLOCK_BYTES = 4096  # of file systems
 SMALL_FILES_BYTES = 1 << 20  # journal, logbook, descriptions; a million steps take 64 times as much
-_TRACED = ("layout", "noise", "rule", "rounding", "codec", "decays", "seed", "quantised")
+_TRACED = ("layout", "method", "codec", "decays", "seed", "quantised")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class StoreSpec:
 
     Args:
         layout, placement: what the units are and where they live.
-        rule: how records change weights.
+        method: how records change weights.
         write schedule: how often units are written.
         device: where leases are lent.
         facts: what the journal's header says of the run besides, and what has to be the same when it is continued.
@@ -67,7 +67,7 @@ class StoreSpec:
 
     layout: Layout
     placement: Placement
-    rule: UpdateRule
+    method: Method
     write_schedule: WriteSchedule
     device: torch.device
     facts: Mapping[str, Any]
@@ -89,9 +89,7 @@ class StoreSpec:
         """The journal's header, but for what founding finds out."""
         return {
             "layout": self.layout.digest(),
-            "noise": self.rule.noise.identity,
-            "rule": self.rule.identity,
-            "rounding": self.rule.rounding,
+            "method": self.method.identity,
             "codec": self.layout.stored_forms,
             "base_folder": self.base_folder,
             "device": self.device.type,
@@ -121,7 +119,7 @@ def open_store(folder: StoreFolder, run: StoreSpec, source: Source, *, mode: Mod
         if mode == "continue":
             logbook.forget_beyond(len(journal.records))
         store = TieredStore(
-            residency, journal=journal, logbook=logbook, rule=run.rule,
+            residency, journal=journal, logbook=logbook, method=run.method,
             write_schedule=run.write_schedule, device=run.device,
             on_first_step=folder.drop_earlier_run if mode == "begin" else lambda: None, on_close=folder.close,
         )  # fmt: skip
@@ -191,10 +189,15 @@ def _refuse_other_run(found: Mapping[str, Any], run: StoreSpec, folder: StoreFol
     for name in _TRACED:
         if found.get(name) != wanted.get(name):
             raise StoreForeign(
-                f"The run in {folder.path} cannot be continued bit for bit: its {name} is {_short(found.get(name))}, "
-                f"and would now be {_short(wanted.get(name))}. Use the arguments and the model it was begun with, or "
-                "start anew with another `store_dir`."
+                f"The run in {folder.path} cannot be continued bit for bit: its {_difference(name, found, wanted)}. "
+                "Use the arguments and the model it was begun with, or start anew with another `store_dir`."
             )
+
+
+def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    if name == "method" and (part := differing_part(str(found.get(name)), wanted[name])):
+        return part
+    return f"{name} is {_short(found.get(name))}, and would now be {_short(wanted.get(name))}"
 
 
 def _short(value: object) -> str:

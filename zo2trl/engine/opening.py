@@ -35,9 +35,9 @@ from zo2trl.tiers.disk import CHECK_EVERY
 from zo2trl.tiers.folder import StoreFolder
 from zo2trl.tiers.tier import Source
 from zo2trl.zo.estimators import TwoSidedSPSA
-from zo2trl.zo.mezo import MezoNoise, MezoSeeds, device_kind
-from zo2trl.zo.noise import Noise, make_noise
-from zo2trl.zo.rules import Rounding, UpdateAlong, UpdateRule
+from zo2trl.zo.method import Method, make_method
+from zo2trl.zo.mezo import MezoSeeds, device_kind
+from zo2trl.zo.rounding import Rounding
 from zo2trl.zo.seeds import derive_seed
 
 __all__ = [
@@ -72,7 +72,6 @@ class EngineOptions:
         zo_eps, num_directions: of the two-sided estimator.
         direction: "rademacher", "gaussian" or "mezo".
         rounding: "nearest", "stochastic", or None for stochastic where a trainable tensor is stored in 16 bit.
-        update_along: see `UpdateRule`; an experimenter's choice (benchmarks/noise.py).
         write_back_every: steps between write-backs of a unit, or "auto".
         rates: what the machine does per second; None if that is not known. Bits never depend on them.
         tokens_per_step: about how many tokens a step's micro-batches have in all, as long as `forward` is not known.
@@ -98,7 +97,6 @@ class EngineOptions:
     num_directions: int = 1
     direction: str = "rademacher"
     rounding: Rounding | None = None
-    update_along: UpdateAlong = "drawn"
     write_back_every: int | Literal["auto"] = "auto"
     rates: MachineRates | None = field(default=None, compare=False)
     tokens_per_step: int = 2048
@@ -173,15 +171,13 @@ def open_engine(model: nn.Module, options: EngineOptions, *, mode: Mode = "begin
             model is what it began with; "read" looks at that run without writing to the folder or locking it.
 
     Raises:
-        BudgetError, ConfigError: see `plan_engine` and `make_noise`.
+        BudgetError, ConfigError: see `plan_engine` and `make_method`.
         StoreError: the store's folder is foreign, locked, damaged, unwritable or too small.
         ConfigError, ParallelError: the processes of `options.ranks` do not open the same run.
     """
     plan = plan_engine(model, options)
-    noise, seeds = _make_noise(plan.layout, options)
-    rounding = options.rounding or _default_rounding(plan.layout)
-    rule = UpdateRule(noise=noise, rounding=rounding, update_along=options.update_along)
-    run = _run_of(plan, options, rule=rule, model=model)
+    method = _make_method(plan.layout, options)
+    run = _run_of(plan, options, method=method, model=model)
     ranks = ALONE if mode == "read" else options.ranks
     run = replace(
         run, store_id=agree_on_run(ranks, header=run.header(), choices=_choices(options), store_id=run.store_id)
@@ -196,8 +192,7 @@ def open_engine(model: nn.Module, options: EngineOptions, *, mode: Mode = "begin
         undo.callback(store.close)
         join_stores(ranks, store)
         _move_buffers(model, options.device)
-        estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
-        engine = Engine(model, store, estimator=estimator, seeds=seeds, ranks=ranks)
+        engine = Engine(model, store, estimator=method.estimator, seeds=_seeds(options), ranks=ranks)
         undo.pop_all()
     _open_engines[options.store_dir.resolve()] = engine
     return engine
@@ -245,17 +240,17 @@ def _open_folder(model: nn.Module, plan: Plan, options: EngineOptions, *, mode: 
     return folder
 
 
-def _run_of(plan: Plan, options: EngineOptions, *, rule: UpdateRule, model: nn.Module) -> StoreSpec:
+def _run_of(plan: Plan, options: EngineOptions, *, method: Method, model: nn.Module) -> StoreSpec:
     write_schedule = WriteSchedule(
         write_back=write_back_intervals(plan.layout, plan.placement, options),
         snapshot=snapshot_interval(plan.layout, plan.placement, options),
     )
     facts = {
-        "direction": options.direction, "decays": sorted(options.decay_names), "seed": options.seed,
+        "decays": sorted(options.decay_names), "seed": options.seed,
         "quantised": quantised_digest(model),
     }  # fmt: skip
     return StoreSpec(
-        layout=plan.layout, placement=plan.placement, rule=rule, write_schedule=write_schedule,
+        layout=plan.layout, placement=plan.placement, method=method, write_schedule=write_schedule,
         device=options.device, facts=facts,
         base_folder=options.base_folder, sync_every=options.sync_every,
         describe=partial(_describe, model, also=options.describe), saves_adapter=is_saved_as_adapter(model),
@@ -274,12 +269,19 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _make_noise(layout: Layout, options: EngineOptions) -> tuple[Noise, Callable[[int], int]]:
+def _make_method(layout: Layout, options: EngineOptions) -> Method:
+    return make_method(
+        options.direction, rounding=options.rounding or _default_rounding(layout), zo_eps=options.zo_eps,
+        num_directions=options.num_directions, device_kind=device_kind(options.device),
+        tensors=[(tensor.tensor_id, tensor.numel) for tensor in layout.trainable_tensors()],
+    )  # fmt: skip
+
+
+def _seeds(options: EngineOptions) -> Callable[[int], int]:
+    """Step number -> seed of the step."""
     if options.direction == "mezo":
-        tensors = [(tensor.tensor_id, tensor.numel) for tensor in layout.trainable_tensors()]
-        return MezoNoise(tensors, device_kind=device_kind(options.device)), MezoSeeds(options.seed)
-    noise: Noise = make_noise(options.direction)
-    return noise, lambda step: derive_seed(options.seed, step, 0)
+        return MezoSeeds(options.seed)
+    return lambda step: derive_seed(options.seed, step, 0)
 
 
 def _default_rounding(layout: Layout) -> Rounding:

@@ -29,7 +29,7 @@ from zo2trl.parallel.ranks import ALONE, Ranks
 from zo2trl.planning.placement import Placement
 from zo2trl.tiers.store import TieredStore
 from zo2trl.tiers.tier import Source
-from zo2trl.zo.estimators import CLEAN, Estimate, Probe, TwoSidedSPSA
+from zo2trl.zo.estimators import CLEAN, Estimate, Estimator, Probe
 from zo2trl.zo.records import Record, SkipRecord, StepRecord
 
 __all__ = ["MAX_SKIPS_IN_A_ROW", "Engine"]
@@ -65,7 +65,7 @@ class Engine:
         model: nn.Module,
         store: TieredStore,
         *,
-        estimator: TwoSidedSPSA,
+        estimator: Estimator,
         seeds: Callable[[int], int],
         ranks: Ranks = ALONE,
     ) -> None:
@@ -109,8 +109,22 @@ class Engine:
             ParallelError: another process has ended, or holds other weights or another journal.
         """
         self._pending = None
-        probes, seed = self.probes, self._seeds(step)
-        group = max(passes_per_traversal // len(probes), 1)
+        estimation, seed = self.estimator.estimation(), self._seeds(step)
+        asked = next(estimation)
+        while True:
+            answers = self._evaluate(asked, losses, step=step, seed=seed, passes_per_traversal=passes_per_traversal)
+            try:
+                asked = estimation.send(answers)
+            except StopIteration as end:
+                self._pending = _Pending(step, seed, end.value)
+                return end.value
+
+    def _evaluate(
+        self, asked: Sequence[Probe], losses: Sequence[Closure], *, step: int, seed: int, passes_per_traversal: int
+    ) -> list[float]:
+        """The loss of each probe: the sum over the micro-batches of all processes."""
+        probes = self.ranks.share(asked)
+        group = max(passes_per_traversal // max(len(probes), 1), 1)
         values: list[torch.Tensor] = []
         with self._auditing(step) as audit:
             for start in range(0, len(losses), group):
@@ -122,10 +136,7 @@ class Engine:
         everybody: list[Sequence[float]] = [losses_there.tolist()]
         if audit is not None:
             everybody = exchange_losses(self.ranks, everybody[0], step=step, store=self.store, audit=audit)
-        by_probe = self.ranks.by_probe(self.estimator.probes(), everybody)
-        estimate = self.estimator.combine([_sum(numbers) for numbers in by_probe])
-        self._pending = _Pending(step, seed, estimate)
-        return estimate
+        return [_sum(numbers) for numbers in self.ranks.by_probe(asked, everybody)]
 
     @contextmanager
     def _auditing(self, step: int) -> Iterator[Audit | None]:
@@ -140,13 +151,13 @@ class Engine:
         *,
         learning_rate: float,
         weight_decay: float,
-        projected_grads: Sequence[float] | None = None,
+        coefficients: Sequence[float] | None = None,
         grad_norm: float | None = None,
     ) -> None:
         """Append the pending step to the journal; a non-finite loss becomes a skip that leaves the weights alone.
 
         Args:
-            projected_grads: replaces the estimate's own (after clipping, say).
+            coefficients: replace the estimate's own (after clipping, say).
             grad_norm: what logs show; the mean slope's absolute value by default.
 
         Raises:
@@ -162,9 +173,9 @@ class Engine:
         self._n_skips = 0
         record = StepRecord(
             step=pending.step, seed=pending.seed, learning_rate=learning_rate, weight_decay=weight_decay,
-            projected_grads=tuple(estimate.projected_grads if projected_grads is None else projected_grads),
-            zo_eps=self.estimator.zo_eps, loss_plus=estimate.loss_plus, loss_minus=estimate.loss_minus,
-            grad_norm=abs(estimate.projected_grad) if grad_norm is None else grad_norm,
+            zo_eps=self.estimator.zo_eps, losses=estimate.losses,
+            coefficients=tuple(estimate.coefficients if coefficients is None else coefficients),
+            scalars=(abs(estimate.projected_grad) if grad_norm is None else grad_norm,),
         )  # fmt: skip
         with self._saying_what_fills_memory():
             self.store.append(record)
@@ -342,11 +353,7 @@ class Engine:
             "Step %d is skipped and the weights stay as they are: the loss is not finite (plus %s, minus %s).",
             pending.step, estimate.loss_plus, estimate.loss_minus,
         )  # fmt: skip
-        self.store.append(
-            SkipRecord(
-                step=pending.step, seed=pending.seed, loss_plus=estimate.loss_plus, loss_minus=estimate.loss_minus
-            )
-        )
+        self.store.append(SkipRecord(step=pending.step, seed=pending.seed, losses=estimate.losses))
         if self._n_skips >= MAX_SKIPS_IN_A_ROW:
             raise TrainingDiverged(
                 f"The loss was not finite in {self._n_skips} steps in a row (at step {pending.step}: plus "

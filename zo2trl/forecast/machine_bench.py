@@ -22,9 +22,9 @@ from zo2trl.planning.known_rates import drive_folder
 from zo2trl.planning.rates import VisitCost, dtype_name
 from zo2trl.tiers.host import pin, unpin
 from zo2trl.tiers.readers import N_READ_THREADS, READ_PIECE_BYTES, aligned_bytes
-from zo2trl.zo.noise import make_noise
+from zo2trl.zo.method import make_method
 from zo2trl.zo.records import StepRecord
-from zo2trl.zo.rules import Rounding, UpdateRule
+from zo2trl.zo.rounding import Rounding
 from zo2trl.zo.tiles import TILE, Perturbed, Span, TileMap
 
 __all__ = [
@@ -37,8 +37,8 @@ SYNCED_PIECES = 8  # are written between two syncs, which cannot be cut short
 N_PENDING, MANY_PENDING = 2, 10  # steps that a visit absorbs
 N_PRODUCTS = 8  # beside which a copy is made
 _RECORD = StepRecord(
-    step=1, seed=1, projected_grads=(0.1,), learning_rate=1e-6, weight_decay=0.0, zo_eps=1e-3, loss_plus=1.0,
-    loss_minus=1.0, grad_norm=0.1,
+    step=1, seed=1, learning_rate=1e-6, weight_decay=0.0, zo_eps=1e-3, coefficients=(0.1,),
+    losses=(1.0, 1.0), scalars=(0.1,),
 )  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -159,11 +159,11 @@ def _visit(device: torch.device, kind: Kind, *, share: TimeShare) -> VisitCost:
 def _visiting(device: torch.device, kind: Kind, n: int, *, n_probes: int, n_steps: int) -> Callable[[], object]:
     """A visit to `n` weights that absorbs `n_steps` pending steps and makes `n_probes` copies."""
     dtype, direction, rounding = kind
-    rule = UpdateRule(noise=make_noise(direction), rounding=rounding)
+    method = make_method(direction, rounding=rounding)
     span = Span(dtype=dtype, byte_start=0, tiles=TileMap.for_tensors([(0, n)]), decays=False)
     weights, *copies = (torch.zeros(n * dtype.itemsize, dtype=torch.uint8, device=device) for _ in range(3))
     probes = [Perturbed(1, 1e-3, copy) for copy in copies[:n_probes]]
-    return lambda: rule.visit(weights, [span], [_RECORD] * n_steps, probes=probes)
+    return lambda: method.visit(weights, [span], [_RECORD] * n_steps, probes=probes)
 
 
 def copy_rates(device: torch.device, *, share: TimeShare) -> dict[str, float]:

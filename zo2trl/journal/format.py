@@ -5,14 +5,17 @@ Invariant: equal histories with equal headers are equal bytes, on every machine.
 
 The file, all numbers little-endian::
 
-    header      "zo2trl journal 2 <bytes of the header, 8 hex digits>\\n", JSON with sorted keys, zeros, CRC32;
+    header      "zo2trl journal 3 <bytes of the header, 8 hex digits>\\n", JSON with sorted keys, zeros, CRC32;
                 a multiple of 64 bytes
     record      64 bytes: type (1 byte), 59 bytes by type, CRC32 of these 60 that starts from the CRC32 before it
                 (the header's for the first record), so that records cannot be swapped, doubled, dropped or borrowed
     zeros       at least one record of them, up to a multiple of 64 KiB: the room reserved for the next records
 
-Records come in groups that count whole or not at all. A step is SETTINGS (only if weight decay or eps changed), STEP
-with the first projected gradient, and COEFFS with five more each; every other record is a group of its own.
+Records come in groups that count whole or not at all. A finished step is SETTINGS (only if they differ from those in
+force: weight decay, eps, and how many coefficients, losses and scalars a step has), STEP with its learning rate and
+first four values, and VALUES with five more each. The values are the coefficients, then the losses, then the scalars;
+a two-sided step along one direction has four. A skipped step is SKIP with its first five losses, and VALUES. Every
+other record is a group of its own.
 """
 
 import json
@@ -33,7 +36,7 @@ __all__ = [
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
-FORMAT = 2
+FORMAT = 3
 RECORD_BYTES = 64
 BODY_BYTES = 60
 MAX_HEADER_BYTES = 1 << 20
@@ -45,29 +48,29 @@ CRC = struct.Struct("<I")
 
 class Type(IntEnum):
     STEP = 1
-    COEFFS = 2
+    VALUES = 2
     SKIP = 3
     UNIT = 4
     MARK = 5
     SETTINGS = 6
 
 
-# Bodies without their CRC. STEP: type, flags (0), n directions, step, seed, first projected gradient, learning rate,
-# loss plus, loss minus, gradient norm.
+# Bodies without their CRC. STEP: type, flags (0), n values, step, seed, learning rate, the first four values.
 STEP = struct.Struct("<BBHQQ5d")
-# COEFFS: type, how many of the five are used, direction of the first, step, projected gradients.
-COEFFS = struct.Struct("<BBxxIQ5d4x")
-# SKIP: type, step, seed, loss plus, loss minus.
-SKIP = struct.Struct("<B7xQQ2d20x")
+# SKIP: type, flags (0), n values, step, seed, the first five values (losses, which need not be finite).
+SKIP = struct.Struct("<BBHQQ5d")
+# VALUES: type, how many of the five are used, number of the first, step, values.
+VALUES = struct.Struct("<BBxxIQ5d4x")
 # UNIT: type, flags (1: origin, 2: waits for a CHANGED mark), unit, position, bytes, edition, CRC32 of the file's
 # table of CRC32s.
 UNIT = struct.Struct("<BBxxIQQII28x")
 # MARK: type, kind, how many UNIT records of those that wait count from here on (CHANGED only), step, position.
 MARK = struct.Struct("<BBxxIQQ36x")
-# SETTINGS: type, weight decay, eps.
-SETTINGS = struct.Struct("<B7x2d36x")
-PER_COEFFS = 5
-assert {s.size for s in (STEP, COEFFS, SKIP, UNIT, MARK, SETTINGS)} == {BODY_BYTES}
+# SETTINGS: type, n coefficients, n losses, n scalars of a step, weight decay, eps.
+SETTINGS = struct.Struct("<BxHHH2d36x")
+IN_STEP, IN_SKIP, IN_VALUES = 4, 5, 5  # values
+MAX_VALUES = (1 << 16) - 1
+assert {s.size for s in (STEP, VALUES, SKIP, UNIT, MARK, SETTINGS)} == {BODY_BYTES}
 assert BODY_BYTES + CRC.size == RECORD_BYTES
 
 
@@ -225,20 +228,31 @@ def _is_header(header: object, *, encoded: bytes) -> TypeGuard[dict[str, JSON]]:
 def encode_record(record: Record) -> list[bytes]:
     """The bodies of a finished step, without SETTINGS."""
     if isinstance(record, SkipRecord):
-        return [SKIP.pack(Type.SKIP, record.step, record.seed, record.loss_plus, record.loss_minus)]
-    first, *others = record.projected_grads
-    scalars = (first, record.learning_rate, record.loss_plus, record.loss_minus, record.grad_norm)
-    bodies = [STEP.pack(Type.STEP, 0, len(record.projected_grads), record.step, record.seed, *scalars)]
-    for i in range(0, len(others), PER_COEFFS):
-        part = others[i : i + PER_COEFFS]
-        padded = part + [0.0] * (PER_COEFFS - len(part))
-        bodies.append(COEFFS.pack(Type.COEFFS, len(part), i + 1, record.step, *padded))
+        values, room = record.losses, IN_SKIP
+        head = (Type.SKIP, 0, len(values), record.step, record.seed)
+    else:
+        values, room = (*record.coefficients, *record.losses, *record.scalars), IN_STEP
+        head = (Type.STEP, 0, len(values), record.step, record.seed, record.learning_rate)
+    bodies = [STEP.pack(*head, *_padded(values[:room], room))]
+    for start in range(room, len(values), IN_VALUES):
+        part = values[start : start + IN_VALUES]
+        bodies.append(VALUES.pack(Type.VALUES, len(part), start, record.step, *_padded(part, IN_VALUES)))
     return bodies
+
+
+def _padded(values: tuple[float, ...], n: int) -> tuple[float, ...]:
+    return values + (0.0,) * (n - len(values))
+
+
+def n_value_records(n_values: int, kind: int) -> int:
+    """How many VALUES follow a STEP or SKIP with so many values."""
+    return max(-(-(n_values - (IN_STEP if kind == Type.STEP else IN_SKIP)) // IN_VALUES), 0)
 
 
 def encode_settings(record: StepRecord) -> bytes:
     """The body of the SETTINGS that a step is taken under; equal bytes are equal settings."""
-    return SETTINGS.pack(Type.SETTINGS, record.weight_decay, record.zo_eps)
+    shape = len(record.coefficients), len(record.losses), len(record.scalars)
+    return SETTINGS.pack(Type.SETTINGS, *shape, record.weight_decay, record.zo_eps)
 
 
 def encode_unit(record: UnitRecord, *, waits: bool) -> bytes:

@@ -27,6 +27,7 @@ from zo2trl.errors import StoreCorrupt, StoreError
 from zo2trl.files.fs import FS, LOCAL
 from zo2trl.journal.format import (
     JSON,
+    MAX_VALUES,
     RECORD_BYTES,
     History,
     MarkKind,
@@ -289,10 +290,14 @@ class Journal:
         # A caller that breaks these has a bug that replay would turn into wrong weights: refuse before writing.
         if record.step <= self._history.last_step:
             raise ValueError(f"step {record.step} after step {self._history.last_step} in {self.path}")
-        if isinstance(record, StepRecord) and not (
-            record.projected_grads and all(map(math.isfinite, (*record.projected_grads, *record[3:])))
-        ):
-            raise ValueError(f"not a finished step: {record}")
+        values = record.losses
+        if isinstance(record, StepRecord):
+            values = (*record.coefficients, *values, *record.scalars)
+            settings = (record.learning_rate, record.weight_decay, record.zo_eps)
+            if not (record.coefficients and all(map(math.isfinite, (*settings, *values)))):
+                raise ValueError(f"not a finished step: {record}")
+        if len(values) > MAX_VALUES:
+            raise ValueError(f"a step of {len(values)} values in {self.path}; at most {MAX_VALUES} can be recorded")
 
     def _check_position(self, position: int) -> None:
         if not 0 <= position <= len(self.records):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from operator import lt
 from pathlib import Path
 from typing import NoReturn
@@ -20,14 +21,15 @@ from numpy.typing import NDArray
 
 from zo2trl.journal.format import (
     BODY_BYTES,
-    COEFFS,
+    IN_STEP,
+    IN_VALUES,
     JSON,
     MARK,
-    PER_COEFFS,
     RECORD_BYTES,
     SKIP,
     STEP,
     UNIT,
+    VALUES,
     History,
     MarkKind,
     MarkRecord,
@@ -35,6 +37,7 @@ from zo2trl.journal.format import (
     UnitRecord,
     crc_at,
     damaged,
+    n_value_records,
     parse_header,
 )
 from zo2trl.zo.records import SkipRecord, StepRecord
@@ -43,18 +46,25 @@ __all__ = ["Scan", "scan"]
 
 # STEP and SETTINGS once more, as arrays: the types that come by the million.
 _STEP_ROWS = np.dtype({
-    "names": ["n", "step", "seed", "grad", "lr", "plus", "minus", "norm"],
+    "names": ["n", "step", "seed", "lr", "first", "second", "third", "fourth"],
     "formats": ["<u2", "<u8", "<u8", *["<f8"] * 5],
     "offsets": [2, 4, 12, 20, 28, 36, 44, 52],
     "itemsize": RECORD_BYTES,
 })  # fmt: skip
-_SETTINGS_ROWS = np.dtype(
-    {"names": ["decay", "eps"], "formats": ["<f8", "<f8"], "offsets": [8, 16], "itemsize": RECORD_BYTES}
-)
-
+_SETTINGS_ROWS = np.dtype({
+    "names": ["n_coefficients", "n_losses", "n_scalars", "decay", "eps"],
+    "formats": ["<u2", "<u2", "<u2", "<f8", "<f8"],
+    "offsets": [2, 4, 6, 8, 16],
+    "itemsize": RECORD_BYTES,
+})  # fmt: skip
+_PLAIN_SHAPE = (1, 2, 1)  # of a two-sided step along one direction: those that come by the million
 
 _STEPS_AT_ONCE = 1 << 16  # on the way from columns to records, which bounds the memory that takes
 _MARK_KINDS = frozenset(MarkKind)
+
+Shape = tuple[int, int, int]
+"""How many coefficients, losses and scalars a step has."""
+Values = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -160,20 +170,16 @@ def _whole_groups(table: NDArray[np.uint8]) -> int:
     """Number of records without an incomplete group at the end."""
     n_used = len(table)
     last = n_used - 1
-    while last >= 0 and table[last, 0] == Type.COEFFS:
+    while last >= 0 and table[last, 0] == Type.VALUES:
         last -= 1
-    if last < 0 or table[last, 0] not in (Type.STEP, Type.SETTINGS):
+    if last < 0 or table[last, 0] not in (Type.STEP, Type.SKIP, Type.SETTINGS):
         return n_used
-    if table[last, 0] == Type.STEP:
-        n_directions: int = STEP.unpack_from(table[last].tobytes())[2]
-        if n_used - 1 - last >= _coeffs_of(n_directions):
-            return n_used
-        return last - 1 if last and table[last - 1, 0] == Type.SETTINGS else last
-    return last if last == n_used - 1 else n_used
-
-
-def _coeffs_of(n_directions: int) -> int:
-    return -(-(n_directions - 1) // PER_COEFFS)
+    if table[last, 0] == Type.SETTINGS:
+        return last if last == n_used - 1 else n_used
+    kind, _, n_values, *_ = STEP.unpack_from(table[last].tobytes())
+    if n_used - 1 - last >= n_value_records(n_values, kind):
+        return n_used
+    return last - 1 if last and table[last - 1, 0] == Type.SETTINGS else last
 
 
 @dataclass
@@ -184,19 +190,17 @@ class _Reader:
     start: int
     path: Path
     kinds: NDArray[np.uint8] = field(init=False)
-    unclaimed: NDArray[np.bool_] = field(init=False)  # COEFFS that no step has had yet
+    unclaimed: NDArray[np.bool_] = field(init=False)  # VALUES that no step has had yet
 
     def __post_init__(self) -> None:
         self.kinds = self.table[:, 0]
-        self.unclaimed = self.kinds == Type.COEFFS
+        self.unclaimed = self.kinds == Type.VALUES
 
     def history(self) -> History:
         """What the records amount to."""
         self._check_types()
         steps_at = np.flatnonzero(self.kinds == Type.STEP)
         steps = self._steps(steps_at)
-        for number in np.flatnonzero(self.unclaimed)[:1]:
-            self._refuse(int(number), "has coefficients of no step")
         history, done = History(), 0
         others_at = np.flatnonzero(np.isin(self.kinds, (Type.SKIP, Type.UNIT, Type.MARK)))
         n_steps_before: list[int] = np.searchsorted(steps_at, others_at).tolist()
@@ -205,6 +209,8 @@ class _Reader:
             done = upto
             self._add(history, at)
         self._extend(history, steps[done:], at=steps_at[done:])
+        for number in np.flatnonzero(self.unclaimed)[:1]:
+            self._refuse(int(number), "has values of no step")
         return history
 
     def settings(self) -> bytes:
@@ -236,50 +242,64 @@ class _Reader:
             self._refuse(int(number), "has a number that is not finite")
         # As objects, so that the steps share them.
         decays, epsilons = (column.astype(object) for column in columns)
+        shapes = np.empty(len(settings), object)
+        for number, row in enumerate(settings.tolist()):
+            shapes[number] = row[:3]
         steps: list[StepRecord] = []
         for first in range(0, len(steps_at), _STEPS_AT_ONCE):
             part = slice(first, first + _STEPS_AT_ONCE)
             under = in_force[part]
-            steps += self._steps_under(steps_at[part], decays[under].tolist(), epsilons[under].tolist())
+            in_order = (column[under].tolist() for column in (shapes, decays, epsilons))
+            steps += self._steps_under(steps_at[part], *in_order)
         return steps
 
-    def _steps_under(self, at: NDArray[np.intp], decays: list[float], epsilons: list[float]) -> Iterator[StepRecord]:
+    def _steps_under(
+        self, at: NDArray[np.intp], shapes: list[Shape], decays: list[float], epsilons: list[float], /
+    ) -> Iterator[StepRecord]:
         rows = self.table[at].view(_STEP_ROWS).ravel()
-        floats = [rows[name] for name in ("grad", "lr", "plus", "minus", "norm")]
+        floats = [rows[name] for name in ("lr", "first", "second", "third", "fourth")]
         for number in at[~np.isfinite(floats).all(axis=0)][:1]:
             self._refuse(int(number), "is a step with a number that is not finite")
-        _, rates, *others = (column.tolist() for column in floats)
-        grads = self._gradients(at, rows["n"], first=rows["grad"].tolist())
-        columns = rows["step"].tolist(), rows["seed"].tolist(), grads, rates, decays, epsilons, *others
+        rates, *values = (column.tolist() for column in floats)
+        if set(shapes) == {_PLAIN_SHAPE} and (rows["n"] == IN_STEP).all():
+            groups = [zip(values[0], strict=True), zip(values[1], values[2], strict=True), zip(values[3], strict=True)]
+        else:
+            groups = self._grouped(at, rows, shapes, list(zip(*values, strict=True)))
+        columns = rows["step"].tolist(), rows["seed"].tolist(), rates, decays, epsilons, *groups
         # What StepRecord._make does, without a Python call per record.
         return map(partial(tuple.__new__, StepRecord), zip(*columns, strict=True))
 
-    def _gradients(
-        self, steps_at: NDArray[np.intp], n_directions: NDArray[np.uint16], *, first: list[float]
-    ) -> list[tuple[float, ...]]:
-        gradients: list[tuple[float, ...]] = list(zip(first, strict=True))
-        for index in np.flatnonzero(n_directions != 1).tolist():
-            at, n = int(steps_at[index]), int(n_directions[index])
-            gradients[index] += self._coeffs(at, n)
-            self.unclaimed[at + 1 : at + 1 + _coeffs_of(n)] = False
-        return gradients
+    def _grouped(
+        self, steps_at: NDArray[np.intp], rows: NDArray[np.void], shapes: list[Shape], firsts: list[Values], /
+    ) -> list[list[Values]]:
+        """Coefficients, losses and scalars of steps of any shape."""
+        groups: list[list[Values]] = [[], [], []]
+        columns = steps_at.tolist(), rows["n"].tolist(), rows["step"].tolist(), shapes, firsts
+        for at, n_values, step, shape, first in zip(*columns, strict=True):
+            if n_values != sum(shape) or not shape[0]:
+                self._refuse(at, f"is step {step} with {n_values} values, and the settings before it say {shape}")
+            values = self._values(at, n_values, step=step, first=first)
+            if not np.isfinite(values).all():
+                self._refuse(at, "is a step with a number that is not finite")
+            cuts = accumulate(shape, initial=0)
+            for group, (start, stop) in zip(groups, pairwise(cuts), strict=True):
+                group.append(values[start:stop])
+        return groups
 
-    def _coeffs(self, at: int, n_directions: int) -> tuple[float, ...]:
-        """Projected gradients 1, 2, ... of the step `at`."""
-        step: int = STEP.unpack_from(self._body(at))[3]
-        gradients: list[float] = []
-        for number in range(at + 1, min(at + 1 + _coeffs_of(n_directions), len(self.table))):
-            kind, n_used, first, of_step, *five = COEFFS.unpack_from(self._body(number))
-            expected = Type.COEFFS, len(gradients) + 1, step, min(PER_COEFFS, n_directions - 1 - len(gradients))
-            if (kind, first, of_step, n_used) != expected:
+    def _values(self, at: int, n_values: int, *, step: int, first: Values) -> Values:
+        """All values of the step or skip at record `at`, of which `first` are in it."""
+        n_more = n_value_records(n_values, int(self.kinds[at]))
+        values = first[:n_values]
+        for number in range(at + 1, min(at + 1 + n_more, len(self.table))):
+            kind, n_used, start, of_step, *five = VALUES.unpack_from(self._body(number))
+            expected = Type.VALUES, len(values), step, min(IN_VALUES, n_values - len(values))
+            if (kind, start, of_step, n_used) != expected:
                 break
-            gradients += five[:n_used]
-        if len(gradients) != n_directions - 1:
-            n_found = len(gradients) + 1
-            self._refuse(at, f"is step {step} with {n_directions} directions, but {n_found} are there")
-        if not np.isfinite(gradients).all():
-            self._refuse(at, "is a step with a number that is not finite")
-        return tuple(gradients)
+            values += tuple(five[:n_used])
+        if len(values) != n_values:
+            self._refuse(at, f"is step {step} with {n_values} values, but {len(values)} are there")
+        self.unclaimed[at + 1 : at + 1 + n_more] = False
+        return values
 
     def _extend(self, history: History, steps: list[StepRecord], *, at: NDArray[np.intp]) -> None:
         numbers = [step.step for step in steps]
@@ -294,10 +314,11 @@ class _Reader:
         body = self._body(at)
         n_records = len(history.records)
         if body[0] == Type.SKIP:
-            _, step, seed, plus, minus = SKIP.unpack(body)
+            _, _, n_losses, step, seed, *losses = SKIP.unpack(body)
             if step <= history.last_step:
                 self._refuse(at, f"is step {step} after step {history.last_step}")
-            history.records.append(SkipRecord(step=step, seed=seed, loss_plus=plus, loss_minus=minus))
+            values = self._values(at, n_losses, step=step, first=tuple(losses))
+            history.records.append(SkipRecord(step=step, seed=seed, losses=values))
             return
         if body[0] == Type.UNIT:
             _, flags, unit, position, n_bytes, revision, crc = UNIT.unpack(body)

@@ -17,8 +17,8 @@ from zo2trl.layout.layout import Unit
 from zo2trl.tiers.catch_up import catch_up_unit
 from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.tier import Source
+from zo2trl.zo.method import Method
 from zo2trl.zo.records import Record
-from zo2trl.zo.rules import UpdateRule
 
 __all__ = ["History"]
 
@@ -29,7 +29,7 @@ class History:
     Args:
         residency: the homes of all units.
         journal, logbook: where the run is written down.
-        rule: how a record changes weights.
+        method: how a record changes weights.
         device: where records are replayed.
     """
 
@@ -37,10 +37,10 @@ class History:
     """What leases catch up with: the journal's own list, or the part of it that leads to an earlier step."""
 
     def __init__(
-        self, residency: Residency, *, journal: Journal, logbook: Logbook, rule: UpdateRule, device: torch.device
+        self, residency: Residency, *, journal: Journal, logbook: Logbook, method: Method, device: torch.device
     ) -> None:
         self._residency, self._journal, self._logbook = residency, journal, logbook
-        self._rule, self._device = rule, device
+        self._method, self._device = method, device
         self.records = journal.records
 
     def replace(self, contents: Iterable[tuple[Unit, torch.Tensor]]) -> None:
@@ -79,5 +79,5 @@ class History:
         if max(map(locations.position, segments), default=0) > position:
             weights, start = snapshots.earlier(unit, position, base=base)
             weights = weights.to(self._device)
-            catch_up_unit(weights, segments, self.records, position=start, rule=self._rule)
+            catch_up_unit(weights, segments, self.records, position=start, method=self._method)
             snapshots.set_back(unit, weights.cpu(), position=position)

@@ -29,8 +29,8 @@ from zo2trl.tiers.leases import Lease
 from zo2trl.tiers.prefetch import Prefetcher
 from zo2trl.tiers.residency import Residency
 from zo2trl.tiers.tier import Source, gathered
+from zo2trl.zo.method import Method
 from zo2trl.zo.records import Record
-from zo2trl.zo.rules import UpdateRule
 from zo2trl.zo.tiles import Perturbed
 
 __all__ = ["TieredStore"]
@@ -42,7 +42,7 @@ class TieredStore:
     Args:
         residency: has all units in their tiers; closed with the store.
         journal, logbook: receive every step; closed with the store.
-        rule: how a record changes weights.
+        method: how a record changes weights.
         write_schedule: how often units are written; may be replaced between steps.
         device: where leases are lent.
         on_first_step: called once, when the first step is durable.
@@ -55,15 +55,16 @@ class TieredStore:
         *,
         journal: Journal,
         logbook: Logbook,
-        rule: UpdateRule,
+        method: Method,
         write_schedule: WriteSchedule,
         device: torch.device,
         on_first_step: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        self.residency, self.journal, self.logbook, self.rule, self.device = residency, journal, logbook, rule, device
+        self.residency, self.journal, self.logbook, self.device = residency, journal, logbook, device
+        self.method = method
         self._locations = residency.locations
-        self.history = History(residency, journal=journal, logbook=logbook, rule=rule, device=device)
+        self.history = History(residency, journal=journal, logbook=logbook, method=method, device=device)
         self.write_schedule = write_schedule
         self._on_first_step = on_first_step
         self._on_close = on_close
@@ -321,7 +322,7 @@ class TieredStore:
         is_resident = lease.fetch is None
         try:
             has_absorbed = catch_up(
-                lease.weights, segment, records, position=lease.position, rule=self.rule, probes=probes, keep=keep
+                lease.weights, segment, records, position=lease.position, method=self.method, probes=probes, keep=keep
             )
             if has_absorbed and is_resident:
                 self.residency.absorbed(segment, len(records))

@@ -71,7 +71,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
                 step=step_offset + self.state.global_step,
                 passes_per_traversal=passes_per_traversal,
             )
-        self._estimate, self._grads = estimate, estimate.projected_grads
+        self._estimate, self._grads = estimate, estimate.coefficients
         every = self.args.torch_empty_cache_steps
         if every and self.state.global_step % every == 0:
             clear_device_cache()
@@ -84,7 +84,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
     def _replay_step(self, replay: Replay) -> torch.Tensor:
         refuse_changed_weights(self.engine, global_step=self.state.global_step)
         self._estimate = estimate_of(replay.record)
-        self._grads = self._estimate.projected_grads
+        self._grads = self._estimate.coefficients
         measured = replay.measured()
         if measured is not None:
             self._restore_measured(measured)
@@ -146,7 +146,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         if measured is not None:  # before the commit: opening drops entries that have no record
             store.logbook.put("step", len(store.records) + 1, measured)
         self.engine.commit(
-            learning_rate=learning_rate, weight_decay=self.args.weight_decay, projected_grads=self._grads,
+            learning_rate=learning_rate, weight_decay=self.args.weight_decay, coefficients=self._grads,
             grad_norm=self._grad_norm,
         )  # fmt: skip
         kinds = (kind.__name__ for callback in self.callback_handler.callbacks for kind in type(callback).__mro__)

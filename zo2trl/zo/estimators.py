@@ -1,14 +1,15 @@
-"""Which points of weight space a step looks at, and what their losses say about the slope.
+"""Estimators: which points of weight space a step looks at, and what their losses say about the slope.
 
-Does not: make noise, touch weights, or know how a loss is computed.
-Invariant: `combine` is given one loss for each probe that `probes` returned, in the same order.
+Does not: generate noise, touch weights, or know how a loss is computed.
+Invariant: an estimator receives one loss for each probe that it asked for, in the same order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
-__all__ = ["CLEAN", "Estimate", "Probe", "TwoSidedSPSA"]
+__all__ = ["CLEAN", "Estimate", "Estimation", "Estimator", "Probe", "TwoSidedSPSA"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,26 +26,70 @@ CLEAN = Probe(direction=0, coefficient=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What the probes of one step say: a slope along each direction, and the losses it was read from."""
+    """What the probes of one step say: a coefficient for each direction, and the losses it was read from.
 
-    projected_grads: tuple[float, ...]
-    loss_plus: float
-    loss_minus: float
+    `coefficients` and `losses` become those of the step's record (records.py).
+    """
+
+    coefficients: tuple[float, ...]
+    losses: tuple[float, ...]
 
     @property
     def loss(self) -> float:
-        """Mean of the plus and the minus losses: the loss at clean weights up to O(eps^2)."""
-        return 0.5 * (self.loss_plus + self.loss_minus)
+        """The mean of the losses; two-sided SPSA: the loss at clean weights up to O(eps^2)."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def loss_plus(self) -> float:
+        """The first loss; two-sided SPSA: the mean at +eps."""
+        return self.losses[0]
+
+    @property
+    def loss_minus(self) -> float:
+        """The last loss; two-sided SPSA: the mean at -eps."""
+        return self.losses[-1]
 
     @property
     def projected_grad(self) -> float:
-        """Mean slope over the directions, the scalar that logs show."""
-        return math.fsum(self.projected_grads) / len(self.projected_grads)
+        """The mean coefficient over the directions, the scalar that logs show."""
+        return math.fsum(self.coefficients) / len(self.coefficients)
 
     @property
     def is_finite(self) -> bool:
-        """False when any loss or slope was NaN or infinite: such a step must not touch the weights."""
-        return all(map(math.isfinite, (self.loss_plus, self.loss_minus, *self.projected_grads)))
+        """False when any loss or coefficient is NaN or infinite: such a step must not touch the weights."""
+        return all(map(math.isfinite, (*self.losses, *self.coefficients)))
+
+
+Estimation = Generator[list[Probe], Sequence[float], Estimate]
+"""One step's estimation: it yields probes, receives their losses, and returns what they say.
+
+Each question is answered by one traversal of the model, so an estimator that asks twice costs two.
+"""
+
+
+class Estimator(Protocol):
+    """Chooses the probes of a step and turns their losses into coefficients."""
+
+    identity: ClassVar[str]
+    """Part of `Method.identity`; what may change within a run (`zo_eps`, `num_directions`) is not in it."""
+
+    @property
+    def zo_eps(self) -> float:
+        """The distance of a probe from the clean weights, in units of a direction's elements."""
+        ...
+
+    @property
+    def num_directions(self) -> int:
+        """How many directions a step has."""
+        ...
+
+    def probes(self) -> list[Probe]:
+        """The probes of the largest question: a traversal evaluates at most so many at once."""
+        ...
+
+    def estimation(self) -> Estimation:
+        """Start the estimation of one step."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +100,9 @@ class TwoSidedSPSA:
     value is the exact directional derivative at any eps.
     """
 
-    zo_eps: float
+    identity: ClassVar[str] = "two-sided-spsa-1"
+
+    zo_eps: float = 1e-3
     num_directions: int = 1
 
     def probes(self) -> list[Probe]:
@@ -63,11 +110,15 @@ class TwoSidedSPSA:
         signs = (self.zo_eps, -self.zo_eps)
         return [Probe(direction, sign) for direction in range(self.num_directions) for sign in signs]
 
-    def combine(self, losses: Sequence[float]) -> Estimate:
-        """Slopes from the losses of `probes()`, in float64."""
+    def estimation(self) -> Estimation:
+        """Ask for all probes at once; slopes and mean losses are computed in float64."""
+        losses = yield self.probes()
         plus, minus = losses[0::2], losses[1::2]
         return Estimate(
-            projected_grads=tuple((p - m) / (2.0 * self.zo_eps) for p, m in zip(plus, minus, strict=True)),
-            loss_plus=math.fsum(plus) / len(plus) if all(map(math.isfinite, plus)) else math.nan,
-            loss_minus=math.fsum(minus) / len(minus) if all(map(math.isfinite, minus)) else math.nan,
+            coefficients=tuple((p - m) / (2.0 * self.zo_eps) for p, m in zip(plus, minus, strict=True)),
+            losses=(_mean(plus), _mean(minus)),
         )
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan

@@ -58,8 +58,8 @@ class MezoNoise:
         self._starts = {}
         self._last = None
 
-    def fill(self, out: torch.Tensor, seed: int, tiles: TileMap) -> None:
-        """Write z of each tile; fp32, zero on padding. See `Noise.fill`."""
+    def fill(self, out: torch.Tensor, seed: int, tiles: TileMap, *, weights: torch.Tensor | None = None) -> None:
+        """Write z of each tile; fp32, zero on padding. See `Direction.fill`; the weights do not matter."""
         with self._lock:
             out.zero_()
             rows = zip(tiles.tensor_ids.tolist(), tiles.tile_indices.tolist(), tiles.n_valid.tolist(), strict=True)

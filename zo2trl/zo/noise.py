@@ -40,17 +40,20 @@ DIRECTIONS = ("rademacher", "gaussian", "mezo")
 _SIGN_BLOCK, _FIELD_BLOCK = 256, 32
 
 
-class Noise(Protocol):
+class Direction(Protocol):
     """A direction z as a function of a seed."""
 
     identity: str
-    """Names the stream down to its last bit; part of the journal's header."""
+    """The stream's name, down to its last bit; part of `Method.identity`."""
 
-    def fill(self, out: torch.Tensor, seed: int, tiles: TileMap) -> None:
+    def fill(self, out: torch.Tensor, seed: int, tiles: TileMap, *, weights: torch.Tensor | None = None) -> None:
         """Overwrite `out`, contiguous fp32 [len(tiles) * TILE] on CPU or CUDA, with z; exactly 0.0 on padding.
 
         `seed` is in [0, 2**64). May be called from several threads on different `out`. On the CPU it works in the
         calling thread and holds the interpreter lock only between numpy calls; on CUDA it uses the current stream.
+
+        Args:
+            weights: the clean weights of the tiles, for directions that depend on them (masks by magnitude).
         """
         ...
 
@@ -60,8 +63,8 @@ class Rademacher:
 
     identity: str = "philox4x32-10/rademacher-1"
 
-    def fill(self, out: torch.Tensor, seed: int, tiles: TileMap) -> None:
-        """See `Noise.fill`."""
+    def fill(self, out: torch.Tensor, seed: int, tiles: TileMap, *, weights: torch.Tensor | None = None) -> None:
+        """See `Direction.fill`; the weights do not matter."""
         if _on_cuda(out, torch.float32, tiles):
             from zo2trl.zo.kernels import noise_triton
 
@@ -76,8 +79,8 @@ class Gaussian:
 
     identity: str = "philox4x32-10/gaussian-2"
 
-    def fill(self, out: torch.Tensor, seed: int, tiles: TileMap) -> None:
-        """See `Noise.fill`."""
+    def fill(self, out: torch.Tensor, seed: int, tiles: TileMap, *, weights: torch.Tensor | None = None) -> None:
+        """See `Direction.fill`; the weights do not matter."""
         if _on_cuda(out, torch.float32, tiles):
             from zo2trl.zo.kernels import noise_triton
 
@@ -88,12 +91,8 @@ class Gaussian:
             _clear_padding(rows, block)
 
 
-PHILOX_DOMAINS = {Rademacher.identity: DOMAIN_RADEMACHER, Gaussian.identity: DOMAIN_GAUSSIAN}
-"""Streams that kernels make element by element, by their identity."""
-
-
-def make_noise(direction: str) -> Noise:
-    """The noise called `direction`: "rademacher" or "gaussian".
+def make_direction(direction: str) -> Direction:
+    """Make the direction called `direction`: "rademacher" or "gaussian".
 
     Raises:
         ConfigError: there is no such direction, or it is "mezo", whose stream is no function of the element index.

@@ -95,7 +95,7 @@ def test_what_may_change_from_life_to_life(tmp_path: Path, caplog: pytest.LogCap
         records = trainer.engine.store.journal.records
         before = weights_of(trainer.model)
     assert all(f"`{name}` was" in caplog.text for name in ("zo_eps", "weight_decay", "num_directions"))
-    assert [(r.zo_eps, r.weight_decay, len(r.projected_grads)) for r in records] == [(1e-3, 0.0, 1)] * 5 + [
+    assert [(r.zo_eps, r.weight_decay, len(r.coefficients)) for r in records] == [(1e-3, 0.0, 1)] * 5 + [
         (1e-2, 0.1, 2)
     ] * 3
     with closing(changed(tmp_path)) as trainer:

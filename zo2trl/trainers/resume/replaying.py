@@ -195,8 +195,8 @@ def estimate_of(record: Record) -> Estimate:
     """What a replayed step's probes said: the mean slope and losses, as they were before clipping."""
     slope = math.nan
     if isinstance(record, StepRecord):
-        slope = math.copysign(record.grad_norm, math.fsum(record.projected_grads))
-    return Estimate(projected_grads=(slope,), loss_plus=record.loss_plus, loss_minus=record.loss_minus)
+        slope = math.copysign(record.grad_norm, math.fsum(record.coefficients))
+    return Estimate(coefficients=(slope,), losses=record.losses)
 
 
 class Replay:

@@ -1,6 +1,6 @@
 """One visit of a span on a CUDA device as one kernel: catch up with pending steps, then write up to two probes.
 
-Does not: define streams (noise.py) or arithmetic (rules.py): it repeats what `UpdateRule` does on the CPU, bit for
+Does not: define streams (noise.py) or arithmetic (updates.py): it repeats what `Method` does on the CPU, bit for
 bit, reading and writing each weight once. Does not choose seeds, buffers or streams.
 Invariant: every multiplication and addition is rounded by itself, as on the CPU, unless one of them is exact; fused
 multiply-adds are switched off at the launch. How many steps one launch catches up with never shows in the weights.
@@ -35,7 +35,8 @@ _TILE = tl.constexpr(tiling.TILE)
 _SIGN_CALLS, _FIELD_CALLS = tl.constexpr(tiling.SIGN_CALLS), tl.constexpr(tiling.FIELD_CALLS)
 _RADEMACHER, _GAUSSIAN = tl.constexpr(tiling.DOMAIN_RADEMACHER), tl.constexpr(tiling.DOMAIN_GAUSSIAN)
 _ROUNDING = tl.constexpr(tiling.DOMAIN_ROUNDING)
-_HEAD, _PER_DIRECTION = tl.constexpr(4), tl.constexpr(3)  # words of a row of the table of steps
+_HEAD_WORDS, _DIRECTION_WORDS = 2, 3  # of a row of the table of steps
+_HEAD, _PER_DIRECTION = tl.constexpr(_HEAD_WORDS), tl.constexpr(_DIRECTION_WORDS)
 
 _MAX_STEPS = 256  # per launch: a longer history is replayed in several, and the table stays small
 _WARPS = {tiling.DOMAIN_RADEMACHER: 4, tiling.DOMAIN_GAUSSIAN: 4}  # a tile; rates: docs/performance.md
@@ -49,12 +50,11 @@ def visit(
     *,
     domain: int,
     is_stochastic: bool,
-    along_applied: bool,
     probes: Sequence[Perturbed],
     keep: bool,
     in_place: bool,
 ) -> bool:
-    """`UpdateRule.visit` for a CUDA buffer and one of Philox's streams; `in_place`: a probe takes its place."""
+    """`Method.visit` for a CUDA buffer and one of Philox's streams; `in_place`: a probe takes its place."""
     *earlier, last = _batches(steps) or [()]
     # One pass over the weights need not store them.
     keep = keep or bool(earlier and not in_place)
@@ -66,7 +66,6 @@ def visit(
                 batch,
                 domain=domain,
                 is_stochastic=is_stochastic,
-                along_applied=along_applied,
                 probes=(),
                 keep=True,
             )
@@ -76,7 +75,6 @@ def visit(
             last,
             domain=domain,
             is_stochastic=is_stochastic,
-            along_applied=along_applied,
             probes=probes,
             keep=keep and bool(last),
         )
@@ -86,7 +84,7 @@ def visit(
 def _batches(steps: Sequence[StepRecord]) -> list[tuple[StepRecord, ...]]:
     """What one launch each catches up with: steps with as many directions, and not too many of them."""
     found: list[tuple[StepRecord, ...]] = []
-    for _, run in groupby(steps, lambda step: len(step.projected_grads)):
+    for _, run in groupby(steps, lambda step: len(step.coefficients)):
         while batch := tuple(islice(run, _MAX_STEPS)):
             found.append(batch)
     return found
@@ -99,7 +97,6 @@ def _launch(
     *,
     domain: int,
     is_stochastic: bool,
-    along_applied: bool,
     probes: Sequence[Perturbed],
     keep: bool,
 ) -> None:
@@ -116,10 +113,9 @@ def _launch(
             _table_on(device, stream, steps) if steps else flat, len(steps),
             *signed_key(probes[0].seed if probes else 0), *_bits_of(coefficients[:2]),
             DOMAIN=domain,
-            N_DIRECTIONS=len(steps[0].projected_grads) if steps else 0,
+            N_DIRECTIONS=len(steps[0].coefficients) if steps else 0,
             STOCHASTIC=is_stochastic and flat.dtype != torch.float32,
             DECAYS=span.decays and any(step.weight_decay != 0.0 for step in steps),
-            APPLIED=along_applied,
             KEEP=keep,
             N_PROBES=len(probes),
             ROWS=tiling.FIELD_CALLS // (32 * _WARPS[domain]),
@@ -135,19 +131,19 @@ def _bits_of(values: Sequence[float]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=128)
 def _table_on(device: torch.device, stream: int, steps: tuple[StepRecord, ...]) -> torch.Tensor:
-    """Steps as rows of 32-bit words: int32 [n_steps, 4 + 3 * n_directions]. Kept, because units share their history.
+    """Steps as rows of 32-bit words: int32 [n_steps, 2 + 3 * n_directions]. Kept, because units share their history.
 
     A table is used on the stream it was copied on only, so no other stream can read it too early.
     """
-    n_directions = len(steps[0].projected_grads)
-    ints = np.empty((len(steps), 4 + 3 * n_directions), np.int32)
+    n_directions = len(steps[0].coefficients)
+    ints = np.empty((len(steps), _HEAD_WORDS + _DIRECTION_WORDS * n_directions), np.int32)
     floats = ints.view(np.float32)
     for row, step in enumerate(steps):
-        floats[row, 0:4] = step.learning_rate, step.weight_decay, step.zo_eps, 0.5 / step.zo_eps
-        for direction, grad in enumerate(step.projected_grads):
-            at = 4 + 3 * direction
+        floats[row, 0:_HEAD_WORDS] = step.learning_rate, step.weight_decay
+        for direction, coefficient in enumerate(step.coefficients):
+            at = _HEAD_WORDS + _DIRECTION_WORDS * direction
             ints[row, at : at + 2] = signed_key(direction_seed(step.seed, direction))
-            floats[row, at + 2] = grad / n_directions
+            floats[row, at + 2] = coefficient / n_directions
     return torch.from_numpy(ints).pin_memory().to(device, non_blocking=True)
 
 
@@ -156,7 +152,7 @@ def _visit_kernel(
     weights, first_out, second_out, runs, n_runs, first_tile, steps, n_steps, key_low, key_high,
     first_bits, second_bits,
     DOMAIN: tl.constexpr, N_DIRECTIONS: tl.constexpr, STOCHASTIC: tl.constexpr, DECAYS: tl.constexpr,
-    APPLIED: tl.constexpr, KEEP: tl.constexpr, N_PROBES: tl.constexpr, ROWS: tl.constexpr,
+    KEEP: tl.constexpr, N_PROBES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     column, r = tl.arange(0, _FIELD_CALLS // ROWS)[None, :], tl.arange(0, ROWS)[:, None]
@@ -170,7 +166,7 @@ def _visit_kernel(
     tensor_id, tile_index, valid = find_tile(runs, n_runs, first_tile + tile)
     dt: tl.constexpr = weights.dtype.element_ty
     # z is +1 or -1 and its factor a scalar, so z * factor is exact.
-    SIGNED: tl.constexpr = DOMAIN == _RADEMACHER and N_DIRECTIONS == 1 and not DECAYS and not APPLIED
+    SIGNED: tl.constexpr = DOMAIN == _RADEMACHER and N_DIRECTIONS == 1 and not DECAYS
     if N_DIRECTIONS > 0:
         for s in range(n_steps):
             row = steps + s * (_HEAD + _PER_DIRECTION * N_DIRECTIONS)
@@ -181,10 +177,10 @@ def _visit_kernel(
                 key = row + _HEAD + _PER_DIRECTION * d
                 low, high, grad = tl.load(key), tl.load(key + 1), tl.load(key + 2).to(tl.float32, bitcast=True)
                 w0, w1, w2, w3 = _direction(column, call, tensor_id, tile_index, low, high, DOMAIN, ROWS)
-                p0, q0 = _summed(p0, q0, a0, b0, w0, grad, row, r, dt, d, SIGNED, APPLIED, DOMAIN)
-                p1, q1 = _summed(p1, q1, a1, b1, w1, grad, row, r, dt, d, SIGNED, APPLIED, DOMAIN)
-                p2, q2 = _summed(p2, q2, a2, b2, w2, grad, row, r, dt, d, SIGNED, APPLIED, DOMAIN)
-                p3, q3 = _summed(p3, q3, a3, b3, w3, grad, row, r, dt, d, SIGNED, APPLIED, DOMAIN)
+                p0, q0 = _summed(p0, q0, a0, b0, w0, grad, row, r, d, SIGNED, DOMAIN)
+                p1, q1 = _summed(p1, q1, a1, b1, w1, grad, row, r, d, SIGNED, DOMAIN)
+                p2, q2 = _summed(p2, q2, a2, b2, w2, grad, row, r, d, SIGNED, DOMAIN)
+                p3, q3 = _summed(p3, q3, a3, b3, w3, grad, row, r, d, SIGNED, DOMAIN)
             a0, b0 = _stepped(a0, b0, p0, q0, r0, row, dt, SIGNED, DECAYS, STOCHASTIC)
             a1, b1 = _stepped(a1, b1, p1, q1, r1, row, dt, SIGNED, DECAYS, STOCHASTIC)
             a2, b2 = _stepped(a2, b2, p2, q2, r2, row, dt, SIGNED, DECAYS, STOCHASTIC)
@@ -249,7 +245,7 @@ def _deviates(word, r, DOMAIN: tl.constexpr):
 @triton.jit
 def _summed(
     sum_a, sum_b, a, b, word, grad, row, r,
-    dt: tl.constexpr, D: tl.constexpr, SIGNED: tl.constexpr, APPLIED: tl.constexpr, DOMAIN: tl.constexpr,
+    D: tl.constexpr, SIGNED: tl.constexpr, DOMAIN: tl.constexpr,
 ):  # fmt: skip
     """Sums over directions, with direction D's share added (or begun by it)."""
     if SIGNED:
@@ -259,11 +255,6 @@ def _summed(
         zb = tl.where((word & (65536 << r)) != 0, change, -change)
         return a - za, b - zb
     za, zb = _deviates(word, r, DOMAIN)
-    if APPLIED:
-        eps, half = tl.load(row + 2).to(tl.float32, bitcast=True), tl.load(row + 3).to(tl.float32, bitcast=True)
-        za, zb = za * eps, zb * eps
-        za = ((a + za).to(dt).to(tl.float32) - (a - za).to(dt).to(tl.float32)) * half
-        zb = ((b + zb).to(dt).to(tl.float32) - (b - zb).to(dt).to(tl.float32)) * half
     if D == 0:
         return za * grad, zb * grad
     else:
@@ -292,7 +283,7 @@ def _stepped(
 
 @triton.jit
 def _to_a_neighbour(exact, field, dt: tl.constexpr):
-    """See `rules._round_stochastically`; `field` is int32 in [0, 65536)."""
+    """See `rounding.round_stochastically`; `field` is int32 in [0, 65536)."""
     bits = exact.to(tl.int32, bitcast=True)
     if dt == tl.bfloat16:
         return (tl.add(bits, field, sanitize_overflow=False) & -65536).to(tl.float32, bitcast=True)
