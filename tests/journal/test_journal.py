@@ -88,15 +88,15 @@ def test_the_bytes_are_the_format_that_released_journals_have(tmp_path: Path) ->
         journal.append_mark(MarkKind.CHANGED, step=9)
         journal.rewind(1)
     text = json.dumps(HEADER, sort_keys=True).encode() + b"\n"
-    header = (b"zo2trl journal 2 00000080\n" + text).ljust(0x80 - 4, b"\0")
+    header = (b"zo2trl journal 3 00000080\n" + text).ljust(0x80 - 4, b"\0")
     crc = zlib.crc32(header)
     expected = header + struct.pack("<I", crc)
     for body in (
         struct.pack("<BBxxIQQII28x", 4, 1, 7, 0, 4096 * 7, 0, zlib.crc32(b"\7\0\0")),
-        struct.pack("<B7x2d36x", 6, 0.0, 1e-3),
-        struct.pack("<BBHQQ5d", 1, 0, 3, 3, 2**64 - 4, 0.5, 1e-6, 2.5, 5.0, 0.5),
-        struct.pack("<BBxxIQ5d4x", 2, 2, 1, 3, -1.5, 2.5, 0.0, 0.0, 0.0),
-        struct.pack("<B7xQQ2d20x", 3, 9, 9, float("nan"), float("-inf")),
+        struct.pack("<BxHHH2d36x", 6, 3, 2, 1, 0.0, 1e-3),
+        struct.pack("<BBHQQ5d", 1, 0, 6, 3, 2**64 - 4, 1e-6, 0.5, -1.5, 2.5, 2.5),
+        struct.pack("<BBxxIQ5d4x", 2, 2, 4, 3, 5.0, 0.5, 0.0, 0.0, 0.0),
+        struct.pack("<BBHQQ5d", 3, 0, 2, 9, 9, float("nan"), float("-inf"), 0.0, 0.0, 0.0),
         struct.pack("<BBxxIQQII28x", 4, 0, 7, 1, 4096 * 7, 4, zlib.crc32(b"\7\1\4")),
         struct.pack("<BBxxIQQII28x", 4, 3, 8, 2, 4096 * 8, 0, zlib.crc32(b"\x08\2\0")),
         struct.pack("<BBxxIQQ36x", 5, 5, 1, 9, 2),
@@ -156,27 +156,27 @@ def test_a_record_is_written_and_then_synced_before_append_returns(tmp_path: Pat
     with Journal.create(tmp_path / "journal", header=HEADER, fs=fs) as journal:
         created = [f"write {GROWTH} at 0", "sync", "rename journal.tmp journal", f"sync folder {tmp_path.name}"]
         assert fs.taken() == created
-        journal.append(step(1, 1.0, 2.0))
-        assert fs.taken() == ["write 192 at 128", "sync"]
+        journal.append(step(1))
+        assert fs.taken() == ["write 128 at 128", "sync"]
     assert fs.taken() == []
     with Journal.open(tmp_path / "journal", fs=fs, sync_every=0) as journal:
         fs.calls.clear()
         journal.append(step(2))
-        assert fs.taken() == ["write 64 at 320"]
+        assert fs.taken() == ["write 64 at 256"]
 
 
 def test_what_is_not_durable_yet_lies_in_one_sector(tmp_path: Path) -> None:
     fs, path = NotingFS(), tmp_path / "journal"
     with Journal.create(path, header=HEADER, fs=fs, sync_every=100) as journal:
         fs.calls.clear()
-        journal.append(step(1, *map(float, range(60))))  # settings, step and 12 records of coefficients from byte 128
+        journal.append(step(1, *map(float, range(60))))  # settings, step and 12 records of values from byte 128
         assert fs.taken() == ["write 384 at 128", "sync", "write 512 at 512"]
         journal.append(step(2))
-        assert fs.taken() == ["sync", "write 64 at 1024"]
-        for number in range(3, 10):
+        assert fs.taken() == ["sync", "write 128 at 1024"]  # settings, because it has fewer coefficients
+        for number in range(3, 9):
             journal.append(step(number))
         assert "sync" not in fs.taken()
-        journal.append(step(10))
+        journal.append(step(9))
         assert fs.taken() == ["sync", "write 64 at 1536"]
 
 
