@@ -101,8 +101,7 @@ class Engine:
                 their sum, over all processes. Closures are called once per probe of this process, in `no_grad`.
             step: the optimizer step, which names the directions.
             passes_per_traversal: micro-batches are split over several traversals so that no more passes are alive at
-                once.
-                The same in all processes: losses may gather metrics over them, which they do in the order of passes.
+                once. The same in all processes: losses may gather metrics, which they do in the order of passes.
 
         Raises:
             LossPrecisionError: a loss is a 16-bit number.
