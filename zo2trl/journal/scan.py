@@ -249,12 +249,13 @@ class _Reader:
         for first in range(0, len(steps_at), _STEPS_AT_ONCE):
             part = slice(first, first + _STEPS_AT_ONCE)
             under = in_force[part]
-            in_order = (column[under].tolist() for column in (shapes, decays, epsilons))
-            steps += self._steps_under(steps_at[part], *in_order)
+            steps += self._steps_under(
+                steps_at[part], shapes[under].tolist(), decays=decays[under].tolist(), epsilons=epsilons[under].tolist()
+            )
         return steps
 
     def _steps_under(
-        self, at: NDArray[np.intp], shapes: list[Shape], decays: list[float], epsilons: list[float], /
+        self, at: NDArray[np.intp], shapes: list[Shape], *, decays: list[float], epsilons: list[float]
     ) -> Iterator[StepRecord]:
         rows = self.table[at].view(_STEP_ROWS).ravel()
         floats = [rows[name] for name in ("lr", "first", "second", "third", "fourth")]
@@ -264,13 +265,13 @@ class _Reader:
         if set(shapes) == {_PLAIN_SHAPE} and (rows["n"] == IN_STEP).all():
             groups = [zip(values[0], strict=True), zip(values[1], values[2], strict=True), zip(values[3], strict=True)]
         else:
-            groups = self._grouped(at, rows, shapes, list(zip(*values, strict=True)))
+            groups = self._grouped(at, rows, shapes=shapes, firsts=list(zip(*values, strict=True)))
         columns = rows["step"].tolist(), rows["seed"].tolist(), rates, decays, epsilons, *groups
         # What StepRecord._make does, without a Python call per record.
         return map(partial(tuple.__new__, StepRecord), zip(*columns, strict=True))
 
     def _grouped(
-        self, steps_at: NDArray[np.intp], rows: NDArray[np.void], shapes: list[Shape], firsts: list[Values], /
+        self, steps_at: NDArray[np.intp], rows: NDArray[np.void], *, shapes: list[Shape], firsts: list[Values]
     ) -> list[list[Values]]:
         """Coefficients, losses and scalars of steps of any shape."""
         groups: list[list[Values]] = [[], [], []]
