@@ -250,7 +250,10 @@ class _Reader:
             part = slice(first, first + _STEPS_AT_ONCE)
             under = in_force[part]
             steps += self._steps_under(
-                steps_at[part], shapes[under].tolist(), decays=decays[under].tolist(), epsilons=epsilons[under].tolist()
+                steps_at[part],
+                shapes[under].tolist(),
+                decays=decays[under].tolist(),
+                epsilons=epsilons[under].tolist(),
             )
         return steps
 
