@@ -315,7 +315,7 @@ class ZOTrainerMixin(SteppingMixin, _Base):
                 the run from that checkpoint. Without it a new run begins.
         """
         self._micro_batches.clear()
-        self._step_offset = self._replay = self._resumes_at = None
+        self._step_offset = self._retrace = self._resumes_at = None
         self._begins_a_training = not resume_from_checkpoint
         self._randomness.start(None)
         self._close_if_choices_changed()

@@ -20,11 +20,12 @@ from transformers import Trainer
 
 from zo2trl.engine.activations import n_tokens
 from zo2trl.engine.device_fit import DeviceFit
+from zo2trl.engine.loop_notes import note_measured
+from zo2trl.engine.retrace import Retrace, refuse_changed_weights
 from zo2trl.files.malloc_trim import return_free_pages
 from zo2trl.trainers.loss_normalisation import LossNormalisation
 from zo2trl.trainers.metrics import StepMetrics
 from zo2trl.trainers.objective.objective_mixin import ObjectiveMixin
-from zo2trl.trainers.resume.replaying import Replay, estimate_of, refuse_changed_weights
 from zo2trl.trainers.resume.resuming import ResumingMixin
 from zo2trl.trainers.signals import stop_if_asked
 from zo2trl.trainers.startup_report import announce
@@ -56,9 +57,9 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         # Loss and metric code reads `training` of the root module; its submodules run without dropout, as in MeZO.
         model.eval()
         model.training = True
-        if self._replay is not None and not self._replay.is_over:
-            return self._replay_step(self._replay)
-        self._replay = None
+        if self._retrace is not None and not self._retrace.is_over:
+            return self._retrace_step(self._retrace)
+        self._retrace = None
         engine = self.engine
         step_offset = self._prepare_step(model, batches)
         started_s = time.perf_counter()
@@ -81,11 +82,14 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         )  # fmt: skip
         return torch.tensor(estimate.loss, device=self.args.device)
 
-    def _replay_step(self, replay: Replay) -> torch.Tensor:
-        refuse_changed_weights(self.engine, global_step=self.state.global_step)
-        self._estimate = estimate_of(replay.record)
+    def _retrace_step(self, retrace: Retrace) -> torch.Tensor:
+        refuse_changed_weights(
+            self.engine, step=self.state.global_step,
+            advice="If a callback did it, let it ask `trainer.is_replaying` first.",
+        )  # fmt: skip
+        self._estimate = retrace.estimate
         self._grads = self._estimate.coefficients
-        measured = replay.measured()
+        measured = retrace.measured()
         if measured is not None:
             self._restore_measured(measured)
         return torch.tensor(self._estimate.loss, device=self.args.device)
@@ -139,12 +143,12 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
 
     def _commit(self, *, learning_rate: float) -> None:
         self._step_metrics.add(self._estimate)
-        if self._replay is not None:
-            self._replay.advance(learning_rate=learning_rate)
+        if self._retrace is not None:
+            self._retrace.advance(learning_rate=learning_rate)
             return
-        store, measured = self.engine.store, self._measured()
-        if measured is not None:  # before the commit: opening drops entries that have no record
-            store.logbook.put("step", len(store.records) + 1, measured)
+        measured = self._measured()
+        if measured is not None:
+            note_measured(self.engine, measured)
         self.engine.commit(
             learning_rate=learning_rate, weight_decay=self.args.weight_decay, coefficients=self._grads,
             grad_norm=self._grad_norm,
@@ -158,7 +162,7 @@ class SteppingMixin(ObjectiveMixin, ResumingMixin, _Base):
         return None
 
     def _restore_measured(self, measured: Any) -> None:
-        """Restore what `_measured` returned for a step that is replayed without forwards."""
+        """Restore what `_measured` returned for a step that is retraced without forwards."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the `zo/*` means since the last log to training logs."""

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import Trainer
 
+from zo2trl.engine.loop_notes import note_evaluation
+from zo2trl.engine.retrace import Retrace
 from zo2trl.engine.step import Engine
-from zo2trl.journal.journal import MarkKind
 from zo2trl.trainers.arguments.data_checks import global_random_state_kept
 from zo2trl.trainers.parallel import ParallelMixin
 from zo2trl.trainers.resume.randomness import RandomnessKeeper
-from zo2trl.trainers.resume.replaying import Replay
 
 __all__ = ["RecordingMixin"]
 
@@ -33,7 +33,7 @@ class RecordingMixin(ParallelMixin, _Base):
     model: Any
 
     engine: Engine
-    _replay: Replay | None = None
+    _retrace: Retrace | None = None
 
     @property
     def is_replaying(self) -> bool:
@@ -41,7 +41,7 @@ class RecordingMixin(ParallelMixin, _Base):
 
         A callback that changes weights asks this first, because they are changed already.
         """
-        return self._replay is not None and (not self._replay.is_over or self._replay.ends_changed)
+        return self._retrace is not None and (not self._retrace.is_over or self._retrace.ends_changed)
 
     # -- hooks of the Trainer: evaluating
 
@@ -54,12 +54,12 @@ class RecordingMixin(ParallelMixin, _Base):
             datasets = eval_dataset if eval_dataset is not None else self.eval_dataset
             if isinstance(datasets, dict) or not self.is_in_train:
                 return super().evaluate(**given)  # type: ignore[misc]
-            known = None if self._replay is None else self._replay.evaluation(metric_key_prefix)
+            known = None if self._retrace is None else self._retrace.evaluation(metric_key_prefix)
             # A process that was stopped while others noted the evaluation does not know it: all make it again.
-            if self._replay is not None and self.ranks.all_true("evaluations that are known", known is not None):
+            if self._retrace is not None and self.ranks.all_true("evaluations that are known", known is not None):
                 assert known is not None
                 return self._report_again(dict(known))
-            if self._replay is not None and not self._replay.is_over:
+            if self._retrace is not None and not self._retrace.is_over:
                 logger.warning("The evaluation at step %d is left out: it was not made then.", self.state.global_step)
                 return {}
             metrics = super().evaluate(**given)  # type: ignore[misc]
@@ -73,15 +73,13 @@ class RecordingMixin(ParallelMixin, _Base):
         return metrics
 
     def _note_evaluation(self, name: str, metrics: dict[str, float]) -> None:
-        store = self.engine.store
         numbers = {key: value for key, value in metrics.items() if isinstance(value, (bool, int, float))}
         numbers |= {key: value.item() for key, value in metrics.items() if isinstance(value, np.generic)}
-        store.logbook.put("evaluation", len(store.records), numbers, name=name, sync=True)
-        store.journal.append_mark(MarkKind.EVALUATED, step=self.state.global_step)
+        note_evaluation(self.engine, name, numbers, step=self.state.global_step)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._replay is not None and not self._replay.is_over and self.control.should_evaluate:
-            had_one = self.ranks.all_true("evaluations that were made", self._replay.had_evaluation)
+        if self._retrace is not None and not self._retrace.is_over and self.control.should_evaluate:
+            had_one = self.ranks.all_true("evaluations that were made", self._retrace.had_evaluation)
             self.control.should_evaluate = had_one
         super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
 

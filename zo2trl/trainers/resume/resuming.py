@@ -21,25 +21,17 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from zo2trl.checkpoints.load import load_mapped
+from zo2trl.engine.loop_notes import can_start_over, compare_settings, random_state_at
 from zo2trl.engine.opening import has_run
+from zo2trl.engine.retrace import Retrace, locate, note_origin, refuse_other_rates, refuse_other_training
 from zo2trl.engine.step import Engine
 from zo2trl.errors import CheckpointError, ConfigError
 from zo2trl.tiers.tier import Source
 from zo2trl.trainers.parallel import refuse_other_world_size
 from zo2trl.trainers.resume import checkpoint
-from zo2trl.trainers.resume.replaying import (
-    Replay,
-    ResumePoint,
-    can_start_over,
-    compare_settings,
-    locate,
-    note_origin,
-    refuse_other_rates,
-    refuse_other_training,
-    settings_of,
-)
 from zo2trl.trainers.resume.saving import FULL_WEIGHTS, WEIGHTS, SavingMixin
 from zo2trl.trainers.resume.states import RNG_NAME, read_rng, read_schedule, rng_state, set_rng_state
+from zo2trl.trainers.resume.translating import NOTED_BY_STEPS, ResumePoint, learning_rates_of, settings_of
 
 __all__ = ["ResumingMixin"]
 
@@ -74,17 +66,17 @@ class ResumingMixin(SavingMixin, _Base):
             self._resume_from_weights(folder)
             return
         self._continue_run()
-        compare_settings(self.engine, settings_of(self))
+        compare_settings(self.engine, settings_of(self), may_change=NOTED_BY_STEPS)
         self._forget_counters()
         point = self._agreed_point(folder)
         if point.folder is not None and not has_length(self.train_dataset) and can_start_over(self.engine):
             # The Trainer cannot find its place in a stream again; going through all of it is what skipping costs, too.
             point = locate(ResumePoint(), self.engine)
         self._begins_a_training = point.folder is None and not can_start_over(self.engine)
-        self._replay = Replay(self.engine, point)
+        self._retrace = Retrace(self.engine, point)
         self._start_at(point)
         logger.info(
-            "Resuming from %s: %d steps are taken from the journal.", point.folder or "the start", self._replay.n_left
+            "Resuming from %s: %d steps are taken from the journal.", point.folder or "the start", self._retrace.n_left
         )
 
     def _all_have_runs(self) -> bool:
@@ -102,10 +94,9 @@ class ResumingMixin(SavingMixin, _Base):
         """The same point in all processes, each with its own random numbers."""
         found = self._last_point() if folder is None and self.ranks.rank == 0 else None
         if self.ranks.size > 1 and folder is None:
-            told = self.ranks.all_gather(
-                "checkpoint to resume from", str(found.folder) if found and found.folder else None
-            )
-            folder = None if told[0] is None else Path(told[0])
+            own_folder = str(found.folder) if found and found.folder else None
+            folders = self.ranks.all_gather("checkpoint to resume from", own_folder)
+            folder = None if folders[0] is None else Path(folders[0])
         if found is None:
             found = locate(ResumePoint() if folder is None else _point_of(folder), self.engine)
         self.ranks.agree_on(
@@ -195,9 +186,9 @@ class ResumingMixin(SavingMixin, _Base):
                 f"`max_steps` is {self.state.max_steps}, but the checkpoint was saved at step "
                 f"{self.state.global_step}. Raise it, or take earlier weights with `zo2trl export --step`."
             )
-        if self._replay is not None and not self._replay.is_over:
+        if self._retrace is not None and not self._retrace.is_over:
             raise ConfigError(
-                f"Training ended at step {self.state.global_step}, but the journal holds {self._replay.n_left} more "
+                f"Training ended at step {self.state.global_step}, but the journal holds {self._retrace.n_left} more "
                 "steps of this run: `max_steps` (or epochs) was lowered, or a callback stopped earlier than it did "
                 "then. The weights are those of the last journaled step; `zo2trl export --step` gives earlier ones."
             )
@@ -214,10 +205,9 @@ class ResumingMixin(SavingMixin, _Base):
 
     def _restore_random_state_at_start(self) -> None:
         assert self._resumes_at is not None
-        book = self.engine.store.logbook
-        state = book.get("started", self._resumes_at.position)
+        state = random_state_at(self.engine, self._resumes_at.position)
         if state is not None:
-            set_rng_state(state, where=book.path)
+            set_rng_state(state, where=self.engine.store.logbook.path)
 
     def _run_epoch(self, **named: Any) -> None:
         """The random state at an epoch's beginning decides its order, with samplers that draw from it."""
@@ -259,7 +249,8 @@ class ResumingMixin(SavingMixin, _Base):
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
             assert self._resumes_at is not None
-            refuse_other_rates(self._resumes_at, self.engine, scheduler=self.lr_scheduler)
+            if (rate_at := learning_rates_of(self.lr_scheduler)) is not None:
+                refuse_other_rates(self._resumes_at, self.engine, rate_at=rate_at)
             read_schedule(Path(checkpoint_folder), self.optimizer, self.lr_scheduler)
 
     def _load_scaler(self, checkpoint_folder: str | None) -> None:

@@ -12,14 +12,15 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from zo2trl.engine.binding import FirstUse
+from zo2trl.engine.loop_notes import note_start
 from zo2trl.engine.step import Engine
 from zo2trl.journal.journal import MarkKind
 from zo2trl.trainers.hub_upload import HubUploadMixin
 from zo2trl.trainers.metrics import StepMetrics
 from zo2trl.trainers.resume import checkpoint
 from zo2trl.trainers.resume.recording import RecordingMixin
-from zo2trl.trainers.resume.replaying import note_start, settings_of
 from zo2trl.trainers.resume.states import RNG_NAME, rng_state, write_rng, write_schedule
+from zo2trl.trainers.resume.translating import settings_of
 
 __all__ = ["FULL_WEIGHTS", "WEIGHTS", "SavingMixin", "save_processing_class"]
 
@@ -53,9 +54,9 @@ class SavingMixin(RecordingMixin, HubUploadMixin, _Base):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """`checkpoint-N` counts from the moment its marker is written, last; only then older ones may go."""
-        if self._replay is not None and self._was_saved_before():
+        if self._retrace is not None and self._was_saved_before():
             self._note_best_checkpoint(trial)
-            if self._replay.is_over and self.args.should_save:
+            if self._retrace.is_over and self.args.should_save:
                 self._rotate(Path(self._get_output_dir(trial=trial)), self.args.save_total_limit)
             return
         run_dir = Path(self._get_output_dir(trial=trial))
@@ -100,11 +101,11 @@ class SavingMixin(RecordingMixin, HubUploadMixin, _Base):
         rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def _was_saved_before(self) -> bool:
-        assert self._replay is not None
-        if not self._replay.is_over:
+        assert self._retrace is not None
+        if not self._retrace.is_over:
             return True  # or was not to be saved then: the weights of this step are not at hand now
         folder = Path(self._get_output_dir(None)) / f"checkpoint-{self.state.global_step}"
-        is_there = self._replay.was_marked(MarkKind.SAVED) and (folder / checkpoint.MARKER_NAME).is_file()
+        is_there = self._retrace.was_marked(MarkKind.SAVED) and (folder / checkpoint.MARKER_NAME).is_file()
         return self.ranks.all_gather(f"checkpoint of step {self.state.global_step} that is there", is_there)[0]
 
     def _note_best_checkpoint(self, trial: Any) -> None:
