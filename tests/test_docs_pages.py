@@ -10,7 +10,7 @@ import zo2trl
 from docs.generate import PAGES
 from zo2trl.trainers.arguments.support_page import versions
 from zo2trl.trainers.metrics import LOG_KEYS, StepMetrics
-from zo2trl.zo.estimators import TwoSidedSPSA
+from zo2trl.zo.estimators import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_BYTES = {"README.md": 8_000, "docs/architecture.md": 10_000}
@@ -27,7 +27,7 @@ def test_generated_pages_are_up_to_date(path: Path) -> None:
 def test_every_key_in_the_logs_has_a_description() -> None:
     metrics = StepMetrics()
     metrics.add_work(n_tokens=3, seconds=1.0, moved={})
-    metrics.add(TwoSidedSPSA(zo_eps=1e-3).combine([1.0, 2.0]))
+    metrics.add(Estimate(coefficients=(-500.0,), losses=(1.0, 2.0)))
     assert set(metrics.take()) == {key for key in LOG_KEYS if key.startswith("zo/")}
 
 

@@ -21,7 +21,7 @@ from zo2trl.tiers.staging import N_PIECES_DOWN, N_PIECES_UP
 __all__ = ["Forecast", "Peaks", "forecast"]
 
 HOST_WORKING_BYTES = 50 << 20  # libraries' threads and packing buffers, noise, the allocator's slack
-# A chunk of weights on a CPU (zo/rules.py: 1 Mi in fp32) as noise, exact, moved, as bits and rounded: the holes that
+# A chunk of weights on a CPU (zo/updates.py: 1 Mi in fp32) as noise, exact, moved, as bits and rounded: the holes that
 # these leave are too small for a head's logits, which come before they are given back.
 VISITOR_BYTES = 5 * (4 << 20)
 WRITER_BYTES = 40 << 20  # versions of units on their way from a GPU to files

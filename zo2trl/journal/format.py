@@ -1,6 +1,6 @@
 """The bytes of a journal and how they are written: its header, its records, and what a history of them amounts to.
 
-Does not: touch files (journal.py), or read records back (journal_scan.py).
+Does not: touch files (journal.py), or read records back (scan.py).
 Invariant: equal histories with equal headers are equal bytes, on every machine.
 
 The file, all numbers little-endian::
@@ -61,7 +61,7 @@ STEP = struct.Struct("<BBHQQ5d")
 SKIP = struct.Struct("<BBHQQ5d")
 # VALUES: type, how many of the five are used, number of the first, step, values.
 VALUES = struct.Struct("<BBxxIQ5d4x")
-# UNIT: type, flags (1: origin, 2: waits for a CHANGED mark), unit, position, bytes, edition, CRC32 of the file's
+# UNIT: type, flags (1: origin, 2: waits for a CHANGED mark), unit, position, bytes, revision, CRC32 of the file's
 # table of CRC32s.
 UNIT = struct.Struct("<BBxxIQQII28x")
 # MARK: type, kind, how many UNIT records of those that wait count from here on (CHANGED only), step, position.

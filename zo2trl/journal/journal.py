@@ -1,8 +1,8 @@
 """The journal: an append-only log of finished steps, from which weights can be brought to any step by replay.
 
-Does not: lock anything (store.py), apply records (zo/rules.py), or know its bytes (journal_format.py, which shows the
-file, and journal_scan.py). Damage is never repaired by guessing: only the rest of a last append that a crash cut off
-is removed, after a copy of the file as it was.
+Does not: lock anything (store.py), apply records (zo/updates.py), or know its bytes (format.py, which shows the file,
+and scan.py). Damage is never repaired by guessing: only the rest of a last append that a crash cut off is removed,
+after a copy of the file as it was.
 
 Invariants:
 - When `append` returns, the record and all before it survive a power cut (with `sync_every=1`); until then, the file

@@ -206,7 +206,7 @@ class Layout:
     def digest(self) -> str:
         """SHA-256 over names, shapes, dtypes, trainability, offsets, and stored forms other than plain.
 
-        Granularity and budgets leave it alone, and so does weight decay, which is the update rule's business.
+        Granularity and budgets leave it alone, and so does weight decay, which is the update's business.
         """
         rows = [
             [unit.name, [[t.name, t.tensor_id, t.shape, str(t.dtype), t.byte_offset, t.trainable]

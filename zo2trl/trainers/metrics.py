@@ -45,7 +45,7 @@ class StepMetrics:
         self._sums.update({link: moved.get(link, 0) for link in _LINKS})
 
     def add(self, estimate: Estimate) -> None:
-        """Add the estimate of one optimizer step, also a replayed one. A loss that is not finite changes no mean."""
+        """Add the estimate of one optimizer step, also a retraced one. A loss that is not finite changes no mean."""
         self._n_steps += 1
         if estimate.is_finite:
             self._estimates.append((estimate.projected_grad, estimate.loss_plus, estimate.loss_minus))
@@ -60,7 +60,7 @@ class StepMetrics:
         means: dict[str, float] = dict(
             zip(("projected_grad", "loss_plus", "loss_minus"), map(fmean, columns), strict=True)
         )
-        if sums["steps"]:  # at least one step was not replayed
+        if sums["steps"]:  # at least one step was not retraced
             if sums["tokens"]:  # inputs such as pixels have no tokens
                 means["tokens_per_second"] = sums["tokens"] / max(sums["microseconds"] / 1e6, 1e-6)
             means |= {f"bytes_{link}": sums[link] / sums["steps"] for link in _LINKS}

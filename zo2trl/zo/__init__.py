@@ -1,1 +1,1 @@
-"""The mathematics of zeroth-order training: directions, estimators, update rules. No I/O, no model."""
+"""The mathematics of zeroth-order training: directions, estimators, updates. No I/O, no model."""

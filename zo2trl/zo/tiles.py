@@ -1,6 +1,6 @@
 """Tiles: how flat buffers of weights are cut for generating noise, and which tensor and elements each tile holds.
 
-Does not: generate noise (noise.py) or change weights (rules.py).
+Does not: generate noise (noise.py) or change weights (updates.py).
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """This module defines ObjectiveMixin, which makes a Trainer's steps optimise an objective instead of its own loss.
 
 Does not: compute an objective (objectives.py), or change `compute_loss` and evaluation losses.
-Invariant: the objective in the logs is computed from the losses in the journal, so replayed steps show it too.
+Invariant: the objective in the logs is computed from the losses in the journal, so retraced steps show it too.
 """
 
 from collections.abc import Mapping, Sequence, Set
