@@ -1,7 +1,7 @@
 """What passes hold in device memory beside weights, bounded by shapes: before anything was measured.
 
-Does not: measure (fitting.py does). A suspended pass holds its hidden states, masks and position embeddings; the block
-that runs holds its own intermediates, but only one pass runs at a time.
+Does not: measure (device_fit.py does). A suspended pass holds its hidden states, masks and position embeddings; the
+block that runs holds its own intermediates, but only one pass runs at a time.
 """
 
 from collections.abc import Mapping

@@ -56,7 +56,7 @@ class StoreSpec:
         layout, placement: what the units are and where they live.
         method: how records change weights.
         write schedule: how often units are written.
-        device: where leases are lent.
+        device: where leased weights are.
         facts: what the journal's header says of the run besides, and what has to be the same when it is continued.
         base_folder: the checkpoint that the weights come from, bit for bit; None: keep a copy of them.
         sync_every: steps between two syncs of the journal.

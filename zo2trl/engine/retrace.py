@@ -2,7 +2,7 @@
 
 The loop's data, schedule and callbacks run for real; losses and coefficients come from the journal, evaluations
 and other measurements from the logbook. Weights are not touched, because the store has applied these steps already
-(bringing weights forward over records is called replay, see tiers/replay.py).
+(bringing weights forward over records is called replay, see tiers/catch_up.py).
 
 ::
 

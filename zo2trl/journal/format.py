@@ -61,7 +61,7 @@ STEP = struct.Struct("<BBHQQ5d")
 SKIP = struct.Struct("<BBHQQ5d")
 # VALUES: type, how many of the five are used, number of the first, step, values.
 VALUES = struct.Struct("<BBxxIQ5d4x")
-# UNIT: type, flags (1: origin, 2: waits for a CHANGED mark), unit, position, bytes, revision, CRC32 of the file's
+# UNIT: type, flags (1: base, 2: waits for a CHANGED mark), unit, position, bytes, revision, CRC32 of the file's
 # table of CRC32s.
 UNIT = struct.Struct("<BBxxIQQII28x")
 # MARK: type, kind, how many UNIT records of those that wait count from here on (CHANGED only), step, position.
@@ -93,7 +93,7 @@ class UnitRecord(NamedTuple):
 class MarkKind(IntEnum):
     """What a mark says about the step it names.
 
-    REWOUND takes back the records behind its position; CHANGED makes the origins published before it count, together.
+    REWOUND takes back the records behind its position; CHANGED makes the bases published before it count, together.
     """
 
     STARTED = 1
@@ -119,7 +119,7 @@ class History:
     marks: list[MarkRecord] = field(default_factory=list)
     versions: dict[int, list[UnitRecord]] = field(default_factory=dict)
     waiting: list[UnitRecord] = field(default_factory=list)
-    """Origins that no CHANGED mark has followed yet: weights from outside replace all units or none."""
+    """Bases that no CHANGED mark has followed yet: weights from outside replace all units or none."""
 
     @property
     def last_step(self) -> int:
@@ -127,7 +127,7 @@ class History:
         return self.records[-1].step if self.records else -1
 
     def add_unit(self, record: UnitRecord, *, waits: bool) -> None:
-        """A new newest version: the one before is not needed any more, unless it is an origin."""
+        """A new newest version: the one before is not needed any more, unless it is a base."""
         if waits:
             self.waiting.append(record)
             return
@@ -136,7 +136,7 @@ class History:
         before[:] = [old for old in before if old.is_base and (old.position, old.revision) != name] + [record]
 
     def add_mark(self, mark: MarkRecord, *, n_units: int = 0) -> None:
-        """A mark, with the number of waiting origins that it makes count: the last ones; others never will."""
+        """A mark, with the number of waiting bases that it makes count: the last ones; others never will."""
         if mark.kind == MarkKind.CHANGED:
             for record in self.waiting[len(self.waiting) - n_units :]:
                 self.add_unit(record, waits=False)

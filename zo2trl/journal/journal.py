@@ -156,7 +156,7 @@ class Journal:
         return self._history.marks
 
     def versions(self, unit: int) -> list[UnitRecord]:
-        """A unit's files that must exist: all origins and the newest version, oldest first."""
+        """A unit's files that must exist: all bases and the newest version, oldest first."""
         with self._lock:
             return list(self._history.versions.get(unit, ()))
 
@@ -178,7 +178,7 @@ class Journal:
     def append_unit(self, record: UnitRecord) -> None:
         """Make a file, which must be durable by now, its unit's newest version. Durable on return, as all before.
 
-        Origins count only when a CHANGED mark follows: weights from outside replace those of all their units or none.
+        Bases count only when a CHANGED mark follows: weights from outside replace those of all their units or none.
         """
         with self._lock:
             self._check_position(record.position)

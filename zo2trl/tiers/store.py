@@ -44,7 +44,7 @@ class TieredStore:
         journal, logbook: receive every step; closed with the store.
         method: how a record changes weights.
         write_schedule: how often units are written; may be replaced between steps.
-        device: where leases are lent.
+        device: where leased weights are.
         on_first_step: called once, when the first step is durable.
         on_close: called once when everything else is closed (releases the folder).
     """
