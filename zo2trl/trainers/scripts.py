@@ -15,7 +15,6 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +46,8 @@ __all__ = [
 
 # argparse prints it before every error; without it that would be a list of 200 arguments.
 USAGE = "%(prog)s [--config FILE] [arguments; --help lists them]"
-SCRIPTS = {
-    "sft": ("ZOSFTTrainer", "ZOSFTConfig"),
-    "dpo": ("ZODPOTrainer", "ZODPOConfig"),
-    "reward": ("ZORewardTrainer", "ZORewardConfig"),
-}
-"""Command -> names of trainer and config in the package."""
+SCRIPTS = ("sft", "dpo", "reward")
+"""The commands."""
 CHECKED = "ZO2TRL_ARGUMENTS_CHECKED"
 """`zo2trl sft` sets this variable for its processes, after it has checked the arguments and the file."""
 _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's types for models that generate text
@@ -85,15 +80,30 @@ def make_parser(name: str, *, prog: str | None = None) -> TrlParser:
     Raises:
         ConfigError: there is no such script.
     """
-    if name not in SCRIPTS:
-        raise ConfigError(f"There is no script {name!r}. Choose one of {', '.join(SCRIPTS)}.")
-    config_class = getattr(import_module("zo2trl"), SCRIPTS[name][1])
+    _, config_class = _trainer_and_config(name)
     read: Any = (ScriptArguments, config_class, ZOModelConfig, DatasetMixtureConfig)
     # With abbreviations, accelerate's `--cpu` would be an ambiguous `--cpu_memory`.
     parser = TrlParser(read, prog=prog, usage=USAGE, allow_abbrev=False)
     if name == "reward":
         parser.set_defaults(lora_task_type="SEQ_CLS")
     return parser
+
+
+def _trainer_and_config(name: str) -> tuple[Any, Any]:
+    """Import the classes of one script, because a command needs no other trainer of TRL."""
+    if name not in SCRIPTS:
+        raise ConfigError(f"There is no script {name!r}. Choose one of {', '.join(SCRIPTS)}.")
+    if name == "sft":
+        from zo2trl.trainers.sft_trainer import ZOSFTConfig, ZOSFTTrainer
+
+        return ZOSFTTrainer, ZOSFTConfig
+    if name == "dpo":
+        from zo2trl.trainers.dpo_trainer import ZODPOConfig, ZODPOTrainer
+
+        return ZODPOTrainer, ZODPOConfig
+    from zo2trl.trainers.reward_trainer import ZORewardConfig, ZORewardTrainer
+
+    return ZORewardTrainer, ZORewardConfig
 
 
 def parse(parser: TrlParser, arguments: Sequence[str], **how: Any) -> tuple[Any, ...]:
@@ -173,6 +183,7 @@ def train(
     Raises:
         ConfigError: no model or no data set was named, a split does not exist, or an argument cannot work.
     """
+    trainer_class, _ = _trainer_and_config(name)
     refuse_no_model(model_args)
     _refuse_generating_adapter(name, model_args)
     resume = training_args.resume_from_checkpoint = _resume(training_args.resume_from_checkpoint)
@@ -182,7 +193,7 @@ def train(
     dataset = load_datasets(script_args, dataset_args)
     wants_eval = training_args.eval_strategy != "no"
     with _refusals_of_peft(model_args):
-        trainer = getattr(import_module("zo2trl"), SCRIPTS[name][0])(
+        trainer = trainer_class(
             model=model_args.model_name_or_path,
             args=training_args,
             train_dataset=_split(dataset, script_args.dataset_train_split, argument="dataset_train_split"),
