@@ -1,10 +1,8 @@
 """Ceilings that keep the code readable: size of a file, size of a function, positional parameters, annotations."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES = 400
@@ -66,26 +64,26 @@ def not_annotated(source: str) -> list[str]:
     ]
 
 
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def violations(check: Callable[[str], list[str]], paths: Iterable[Path]) -> list[str]:
+    """What `check` finds in these files, one line a violation."""
+    return [f"{path.relative_to(ROOT)}: {found}" for path in paths for found in check(path.read_text())]
 
 
-@pytest.mark.parametrize("path", python_files(*FOLDERS), ids=name_of)
-def test_files_and_functions_fit_on_a_few_screens(path: Path) -> None:
-    assert too_long(path.read_text()) == []
+def test_files_and_functions_fit_on_a_few_screens() -> None:
+    found = violations(too_long, python_files(*FOLDERS))
+    assert not found, "\n".join(found)
 
 
-# trainers/ override upstream hooks, and recipes follow TRL's scripts: those signatures are not ours to choose.
-@pytest.mark.parametrize(
-    "path", [p for p in python_files("zo2trl") if "trainers" not in p.relative_to(ROOT).parts], ids=name_of
-)
-def test_beyond_three_parameters_arguments_are_named(path: Path) -> None:
-    assert too_many_positional(path.read_text()) == []
+def test_beyond_three_parameters_arguments_are_named() -> None:
+    # trainers/ override upstream hooks, and recipes follow TRL's scripts: those signatures are not ours to choose.
+    ours = [path for path in python_files("zo2trl") if "trainers" not in path.relative_to(ROOT).parts]
+    found = violations(too_many_positional, ours)
+    assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", python_files("zo2trl", "recipes", "benchmarks"), ids=name_of)
-def test_everything_outside_tests_is_annotated(path: Path) -> None:
-    assert not_annotated(path.read_text()) == []
+def test_everything_outside_tests_is_annotated() -> None:
+    found = violations(not_annotated, python_files("zo2trl", "recipes", "benchmarks"))
+    assert not found, "\n".join(found)
 
 
 def test_the_rules_catch_what_they_forbid() -> None:

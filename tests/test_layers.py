@@ -1,8 +1,10 @@
 """Imports go down only, and each risky thing has one room: read from the syntax trees, nothing is imported."""
 
 import ast
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -16,6 +18,12 @@ FLOORS = (
 )  # fmt: skip
 RANKS = {name: rank for rank, names in enumerate(FLOORS) for name in names.split()}
 ABOVE_THE_PACKAGE = ("recipes", "benchmarks", "tests")
+
+# Folders within a room that are rooms of their own when sizes are compared.
+INNER_ROOMS = ("trainers/arguments", "trainers/objective", "trainers/resume", "zo/kernels")
+MAX_SHARE_OF_A_ROOM = 0.22
+MAX_MEDIAN_LINES = 150
+MAX_FILE_LINES = 400
 
 # What a name refers to -> the files (relative to the package) that may use it. A trailing * matches any ending.
 FS_ONLY = ("files/fs.py",)
@@ -57,6 +65,21 @@ def imported(tree: ast.AST, module: str) -> Iterator[tuple[int, str, str]]:
                 base = ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
             for alias in node.names:
                 yield node.lineno, alias.asname or alias.name, f"{base}.{alias.name}"
+        elif isinstance(node, ast.Call) and (name := imported_by_call(node, module)) is not None:
+            yield node.lineno, "", name  # binds no local name
+
+
+def imported_by_call(call: ast.Call, module: str) -> str | None:
+    """The dotted name that `import_module("a.b")` or `__import__("a.b")` imports, if it is written out."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
+    given = [*call.args[:1], *(keyword.value for keyword in call.keywords if keyword.arg == "name")]
+    if function not in ("import_module", "__import__") or not given or not isinstance(given[0], ast.Constant):
+        return None
+    name = str(given[0].value)
+    if not name.startswith("."):
+        return name
+    tail = name.lstrip(".")
+    return ".".join([*module.split(".")[: -(len(name) - len(tail))], *([tail] if tail else [])])
 
 
 def dotted(node: ast.AST) -> str | None:
@@ -90,9 +113,14 @@ def room_of(full: str) -> str | None:
     return parts[1] if len(parts) > 1 and parts[1] in RANKS else "zo2trl"
 
 
+def module_name(relative: str) -> str:
+    """The dotted name of a file relative to the package, as its relative imports count from."""
+    return ".".join(["zo2trl", *Path(relative).with_suffix("").parts])
+
+
 def upward_imports(source: str, relative: str) -> list[str]:
     """Imports of the file `relative` (to the package) that go up, one line each."""
-    module = ".".join(["zo2trl", *Path(relative).with_suffix("").parts])
+    module = module_name(relative)
     room = "zo2trl" if relative == "__init__.py" else Path(relative).with_suffix("").parts[0]
     found: list[str] = []
     for line, _, full in imported(ast.parse(source), module):
@@ -104,7 +132,7 @@ def upward_imports(source: str, relative: str) -> list[str]:
 
 def out_of_room(source: str, relative: str) -> list[str]:
     """Uses of confined names in a file that is not their room, one line each."""
-    module = ".".join(["zo2trl", *Path(relative).with_suffix("").parts])
+    module = module_name(relative)
     found = {
         f"{line}: {name}"
         for line, name in mentioned(ast.parse(source), module)
@@ -118,20 +146,108 @@ def matches_path(relative: str, room: str) -> bool:
     return relative.startswith(room[:-1]) if room.endswith("*") else relative == room
 
 
-def relative_paths() -> list[str]:
-    return sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+def sources() -> dict[str, str]:
+    """The package's files: path relative to the package -> source."""
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-@pytest.mark.parametrize("relative", relative_paths())
-def test_imports_go_down_only(relative: str) -> None:
-    room = "zo2trl" if relative == "__init__.py" else Path(relative).with_suffix("").parts[0]
-    assert room in RANKS, f"{relative} belongs to no room: give `{room}` a place in RANKS"
-    assert upward_imports((PACKAGE / relative).read_text(), relative) == []
+def is_bare(source: str) -> bool:
+    """Whether the file holds nothing, or a docstring only."""
+    body = ast.parse(source).body
+    return not body or (len(body) == 1 and ast.get_docstring(ast.parse(source)) is not None)
 
 
-@pytest.mark.parametrize("relative", relative_paths())
-def test_risky_calls_stay_in_their_room(relative: str) -> None:
-    assert out_of_room((PACKAGE / relative).read_text(), relative) == []
+def resolved(full: str, modules: Mapping[str, str]) -> str | None:
+    """The module that a dotted name lives in: itself or the closest parent, which may be a bare package."""
+    parts = full.split(".")
+    return next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in modules), None)
+
+
+def circles(files: Mapping[str, str]) -> list[str]:
+    """Groups of modules that import one another, directly or through others, one line each."""
+    # "zo2trl.zo.__init__" resolves relative imports like its neighbours do; the module's own name is "zo2trl.zo".
+    modules = {module_name(relative).removesuffix(".__init__"): relative for relative in files}
+    bare = {
+        name for name, relative in modules.items() if relative.endswith("__init__.py") and is_bare(files[relative])
+    }
+    edges: dict[str, set[str]] = {}
+    for name, relative in modules.items():
+        names = imported(ast.parse(files[relative]), module_name(relative))
+        targets = {resolved(full, modules) for _, _, full in names}
+        edges[name] = {target for target in targets if target is not None} - bare - {name}
+    reached = {name: reachable(name, edges) for name in edges}
+    groups = {tuple(sorted(other for other in reached[name] if name in reached[other])) for name in edges}
+    return [" <-> ".join(group) for group in sorted(groups) if group]
+
+
+def reachable(start: str, edges: Mapping[str, set[str]]) -> set[str]:
+    """The modules that `start` imports through any number of others; itself only if it stands in a circle."""
+    found: set[str] = set()
+    ahead = [*edges[start]]
+    while ahead:
+        if (name := ahead.pop()) not in found:
+            found.add(name)
+            ahead.extend(edges[name])
+    return found
+
+
+def size_room(relative: str) -> str:
+    """The room that a file's lines count for; files beside the rooms are `zo2trl`."""
+    inner = [room for room in INNER_ROOMS if relative.startswith(f"{room}/")]
+    top, _, rest = relative.partition("/")
+    return inner[0] if inner else top if rest else "zo2trl"
+
+
+def too_big(n_lines: Mapping[str, int]) -> list[str]:
+    """Rooms, files and the median file above their ceilings; `n_lines` is by path relative to the package."""
+    total = sum(n_lines.values())
+    rooms: Counter[str] = Counter()
+    for relative, n in n_lines.items():
+        rooms[size_room(relative)] += n
+    found = [
+        f"{room}/ has {n} of {total} lines, {n / total:.1%}; at most {MAX_SHARE_OF_A_ROOM:.0%}"
+        for room, n in rooms.items()
+        if n > MAX_SHARE_OF_A_ROOM * total
+    ]
+    found += [
+        f"{relative} has {n} lines; at most {MAX_FILE_LINES}" for relative, n in n_lines.items() if n > MAX_FILE_LINES
+    ]
+    if (middle := median(n_lines.values())) > MAX_MEDIAN_LINES:
+        found.append(f"the median file has {middle} lines; at most {MAX_MEDIAN_LINES}")
+    return found
+
+
+def test_imports_go_down_only() -> None:
+    found: list[str] = []
+    for relative, source in sources().items():
+        room = "zo2trl" if relative == "__init__.py" else Path(relative).with_suffix("").parts[0]
+        if room not in RANKS:
+            found.append(f"{relative} belongs to no room: give `{room}` a place in FLOORS")
+        else:
+            found += [f"{relative}:{line}" for line in upward_imports(source, relative)]
+    assert not found, "\n".join(found)
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    found = circles(sources())
+    assert not found, "\n".join(found)
+
+
+def test_risky_calls_stay_in_their_room() -> None:
+    found = [f"{path}:{use}" for path, source in sources().items() for use in out_of_room(source, path)]
+    assert not found, "\n".join(found)
+
+
+def test_rooms_and_files_are_of_a_size_to_read() -> None:
+    found = too_big({relative: len(source.splitlines()) for relative, source in sources().items()})
+    assert not found, "\n".join(found)
+
+
+def test_the_confined_rooms_exist() -> None:
+    paths = [*sources()]
+    rooms = {room for patterns in CONFINED.values() for room in patterns}
+    gone = sorted(room for room in rooms if not any(matches_path(path, room) for path in paths))
+    assert not gone, f"CONFINED names files that are not there: {', '.join(gone)}"
 
 
 @pytest.mark.parametrize(
@@ -142,6 +258,10 @@ def test_risky_calls_stay_in_their_room(relative: str) -> None:
         ("tiers/store.py", "from ..engine import step"),
         ("tiers/store.py", "from zo2trl import ZOTrainer"),
         ("trainers/mixin.py", "import recipes.sft"),
+        ("trainers/scripts.py", "from importlib import import_module\nimport_module('zo2trl')"),
+        ("zo/method.py", "import importlib\nimportlib.import_module('zo2trl.tiers.store')"),
+        ("zo/method.py", "import importlib\nimportlib.import_module(name='..tiers.store', package=__package__)"),
+        ("zo/method.py", "def late() -> None:\n    __import__('zo2trl.engine.step')"),
     ],
 )
 def test_an_upward_import_is_caught(relative: str, source: str) -> None:
@@ -156,6 +276,7 @@ def test_an_upward_import_is_caught(relative: str, source: str) -> None:
         "from .fs import FS",
         "from ..zo import noise",
         "import numpy",
+        "from importlib import import_module\nimport_module('zo2trl.zo.noise')\nimport_module(name)",
     ],
 )
 def test_a_downward_import_is_fine(source: str) -> None:
@@ -177,6 +298,7 @@ def test_a_downward_import_is_fine(source: str) -> None:
         "import peft.utils",
         "import torch\ntorch.load('x')",
         "import pickle",
+        "from importlib import import_module\nimport_module('pickle')",
     ],
 )
 def test_a_risky_call_outside_its_room_is_caught(source: str) -> None:
@@ -189,3 +311,33 @@ def test_a_room_may_do_what_it_is_for() -> None:
     assert out_of_room("import torch\ntorch.load('x', weights_only=True)", "checkpoints/convert.py") == []
     assert out_of_room("import dataclasses\ndataclasses.replace", "tiers/store.py") == []
     assert out_of_room("from transformers import AutoModelForCausalLM, PreTrainedModel", "tiers/load.py") == []
+
+
+@pytest.mark.parametrize(
+    ("b", "c"),
+    [
+        ("from zo2trl.zo import c", "import zo2trl.zo.a"),
+        ("from zo2trl.zo.c import X", "def late() -> None:\n    from .a import Y"),
+        ("from . import c", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from zo2trl.zo.a import Y"),
+        ("__import__('zo2trl.zo.c')", "from importlib import import_module\nimport_module('.a', 'zo2trl.zo')"),
+    ],
+)
+def test_a_circle_is_caught(b: str, c: str) -> None:
+    files = {"zo/__init__.py": '"""Mathematics."""', "zo/a.py": "from zo2trl.zo import b", "zo/b.py": b, "zo/c.py": c}
+    assert circles(files) == ["zo2trl.zo.a <-> zo2trl.zo.b <-> zo2trl.zo.c"]
+    assert circles({**files, "zo/c.py": "import torch"}) == []
+
+
+def test_a_package_is_part_of_a_circle_only_if_it_does_something() -> None:
+    files = {"zo/a.py": "import zo2trl.zo"}
+    assert circles({**files, "zo/__init__.py": '"""Mathematics."""'}) == []
+    assert circles({**files, "zo/__init__.py": "from . import a"}) == ["zo2trl.zo <-> zo2trl.zo.a"]
+
+
+def test_what_is_too_big_is_caught() -> None:
+    even = {f"{room}/a.py": 100 for room in ("amp", "zo", "zo/kernels", "tiers", "engine", "trainers/resume")}
+    assert too_big(even) == []
+    assert too_big({**even, "zo/b.py": 100}) == ["zo/ has 200 of 700 lines, 28.6%; at most 22%"]
+    assert too_big({path: 2 * n for path, n in even.items()}) == ["the median file has 200.0 lines; at most 150"]
+    small = {f"{path}{i}": 100 for path in even for i in range(9)}
+    assert too_big({**small, "journal/a.py": 401}) == ["journal/a.py has 401 lines; at most 400"]
