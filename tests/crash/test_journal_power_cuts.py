@@ -68,16 +68,16 @@ def play(fs: CrashFS, story: Sequence[Operation], *, sync_every: int = 1, journa
     path = fs.root / "journal"
     if journal is None:
         journal = Journal.create(path, header=HEADER, fs=fs, sync_every=sync_every)
-    states, durable, unsynced = [state(journal)], 0, 0
+    states, durable = [state(journal)], 0
     fs.note((0, 1))
     with journal:
         for number, operation in enumerate(story, start=1):
             before = len(journal.records)
             operation(journal)
             states.append(state(journal))
-            unsynced += 1
-            if len(journal.records) != before + 1 or unsynced >= sync_every:
-                durable, unsynced = number, 0
+            is_step = len(journal.records) == before + 1
+            # Steps are synced together; when a record begins another sector, those before it are synced earlier.
+            durable = max(durable, number - (sync_every - 1)) if is_step else number
             fs.note((durable, number + 1))
     return states
 

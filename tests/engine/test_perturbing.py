@@ -15,14 +15,14 @@ DIRECTIONS = [Probe(d, sign) for d in range(2) for sign in (EPS, -EPS)]
 
 
 def sizes_of_rounds(store, point, probes, *, copies=1):
-    store.residency.placement = replace(store.residency.placement, scratch_copies=copies)
+    store.residency.locations.placement = replace(store.placement, scratch_copies=copies)
     with store.lease(point) as leases:
         return [len(round_) for round_ in Perturber(store).rounds(leases, probes, seed=7)]
 
 
 def weights_of_probes(store, point, *, copies):
     """What each probe is bound to, copied while its round lasts."""
-    store.residency.placement = replace(store.residency.placement, scratch_copies=copies)
+    store.residency.locations.placement = replace(store.placement, scratch_copies=copies)
     seen = {}
     with store.lease(point) as leases:
         for round_ in Perturber(store).rounds(leases, DIRECTIONS, seed=7):

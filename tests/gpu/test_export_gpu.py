@@ -34,7 +34,7 @@ def made_on(device: str, folder: Path, *, dtype: torch.dtype, **choices: Any) ->
         (torch.bfloat16, {"rounding": "stochastic"}),
         (torch.float16, {"rounding": "nearest"}),
     ],
-    ids=["float32", "bfloat16", "float16", "applied"],
+    ids=["float32", "bfloat16", "float16"],
 )
 def test_cpu_and_gpu_export_the_same_file(
     tmp_path: Path, device: str, direction: str, dtype: torch.dtype, choices: dict[str, Any]

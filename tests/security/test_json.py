@@ -23,7 +23,7 @@ from tests.support.models import tiny_model
 from zo2trl.checkpoints.export import export_store
 from zo2trl.checkpoints.load import load_mapped
 from zo2trl.checkpoints.model_files import ModelFiles
-from zo2trl.checkpoints.stored_run import StoredRun, rule_of
+from zo2trl.checkpoints.stored_run import StoredRun, method_to_repeat
 from zo2trl.checkpoints.verify import verify_store
 from zo2trl.checkpoints.weight_files import indexed_files
 from zo2trl.errors import ZO2TRLError
@@ -141,7 +141,7 @@ def journal_header(here: Path) -> Reader:
     def read() -> None:
         with Journal.open(path, read_only=True) as journal:
             assert isinstance(journal.header, dict)
-        rule_of(StoredRun.look(here / "store"), torch.device("cpu"))
+        method_to_repeat(StoredRun.look(here / "store"), torch.device("cpu"))
 
     return Reader(header, write, read)
 
