@@ -111,7 +111,7 @@ def test_a_killed_owner_is_out_of_the_way_although_its_data_workers_live(tmp_pat
             assert owner.next() == 1
             killed_s = kill(owner)
             assert all(is_alive(pid) for pid in workers)
-            acknowledged = [1, *owner.root_if_any()]
+            acknowledged = [1, *owner.reported_so_far()]
             with SETUP.opened(tmp_path / "store", mode="continue", fs=LOCAL) as store:
                 assert time.monotonic() - killed_s < 10
                 assert len(store.journal.records) in (len(acknowledged), len(acknowledged) + 1)

@@ -163,5 +163,5 @@ def test_an_address_space_that_is_too_small_is_an_error_and_loses_nothing(tmp_pa
             assert found == player.oracle.reference.state()
         report("reopened")
 
-    said = in_child(work, timeout_s=60)
+    said = in_child(work, timeout_s=600)
     assert len(said) == 2 and said[-1] == "reopened", said

@@ -17,7 +17,7 @@ from zo2trl.errors import CheckpointError, StoreCorrupt, StoreError
 from zo2trl.files.strict_json import Fields, parse_json, read_json, write_json
 
 MAX_BYTES = 1 << 20
-MAX_S = 1.0
+MAX_CPU_S = 1.0
 MAX_EXTRA_BYTES = 100 * 2**20
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
@@ -60,7 +60,7 @@ def test_a_hostile_document_is_refused_by_name_at_once_and_in_little_memory(name
     data, words = HOSTILE[name]
     path = tmp_path / "layout.json"
     path.write_bytes(data)
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(StoreCorrupt, match=words) as caught:
@@ -68,7 +68,7 @@ def test_a_hostile_document_is_refused_by_name_at_once_and_in_little_memory(name
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started_s <= MAX_S
+    assert time.process_time() - started_s <= MAX_CPU_S
     assert peak <= MAX_EXTRA_BYTES
     assert str(path) in str(caught.value) and "Restore the file" in str(caught.value)
 
@@ -107,9 +107,9 @@ def test_brackets_in_strings_and_side_by_side_do_not_count_as_depth() -> None:
 
 def test_a_large_document_is_read_quickly() -> None:
     text = json.dumps([{"name": f"layer.{i}", "shape": [i, 4]} for i in range(50_000)])
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     parse_json(text, where="here")
-    assert time.perf_counter() - started_s <= 4 * MAX_S, f"{len(text)} bytes"
+    assert time.process_time() - started_s <= 4 * MAX_CPU_S, f"{len(text)} bytes"
 
 
 def test_the_caller_chooses_the_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.support.models import tiny_model
 from zo2trl.checkpoints.load import load_mapped
 from zo2trl.errors import CheckpointError
 
-MAX_S = 1.0
+MAX_CPU_S = 1.0
 MAX_EXTRA_BYTES = 100 * 2**20
 
 Header = dict[str, Any]
@@ -128,7 +128,7 @@ def test_a_lying_file_is_refused_at_once_and_in_little_memory(
     (tmp_path / "model.safetensors").write_bytes(content)
     del content
     chosen = {} if dtype is None else {"dtype": dtype}
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError) as refusal:
@@ -136,7 +136,7 @@ def test_a_lying_file_is_refused_at_once_and_in_little_memory(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started_s <= MAX_S
+    assert time.process_time() - started_s <= MAX_CPU_S
     assert peak <= MAX_EXTRA_BYTES
     assert str(tmp_path / "model.safetensors") in str(refusal.value) or FIRST in str(refusal.value)
 
@@ -173,10 +173,10 @@ def test_a_lying_configuration_is_refused_at_once(name: str, parts: Parts, tmp_p
     (tmp_path / "config.json").write_text(json.dumps(json.loads(parts.config) | CONFIGS[name]))
     (tmp_path / "model.safetensors").write_bytes(parts.whole)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     with pytest.raises(CheckpointError):
         load_mapped(tmp_path)
-    assert time.perf_counter() - started_s <= MAX_S
+    assert time.process_time() - started_s <= MAX_CPU_S
     assert not (tmp_path / "canary").exists()
 
 

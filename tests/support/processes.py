@@ -29,7 +29,7 @@ import torch
 from tqdm.std import tqdm
 
 Report = Callable[[Any], None]
-PATIENCE_S = 10.0
+PATIENCE_S = 300.0  # ends a hang only: a loaded machine may need a minute for what takes a second
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
@@ -65,6 +65,12 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+def running_cpu_s(pid: int) -> float:
+    """CPU time that a process which has not been reaped has used, and that of the children that it waited for."""
+    after_the_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, after_the_name[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 class Child:
     """A forked process and what it reported, one JSON value a line."""
 
@@ -72,6 +78,7 @@ class Child:
         self.pid, self._pipe = pid, pipe
         self._rest = b""
         self.status: int | None = None
+        self._ended_cpu_s = 0.0
 
     def next(self, timeout_s: float = PATIENCE_S) -> Any:
         """The next value it reports; None when it has ended. Fails the test if it says nothing for so long."""
@@ -94,7 +101,7 @@ class Child:
             said.append(value)
         return said
 
-    def root_if_any(self) -> list[Any]:
+    def reported_so_far(self) -> list[Any]:
         """Everything it has reported by now; for when its own children keep the pipe open."""
         said = []
         while b"\n" in self._rest or select.select([self._pipe], [], [], 0)[0]:
@@ -112,14 +119,19 @@ class Child:
         """Its exit code (minus the number of the signal that ended it). Fails the test if it does not end."""
         deadline_s = time.monotonic() + timeout_s
         while self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            pid, status, used = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
+                self._ended_cpu_s = used.ru_utime + used.ru_stime
             elif time.monotonic() > deadline_s:
                 pytest.fail(f"Process {self.pid} did not end within {timeout_s} s: it hangs.")
             else:
                 time.sleep(0.001)
         return self.status
+
+    def cpu_s(self) -> float:
+        """CPU time that it has used, of children that it waited for too; all of it once it has been waited for."""
+        return running_cpu_s(self.pid) if self.status is None else self._ended_cpu_s
 
     def end(self) -> None:
         """Kill the child and reap it."""
