@@ -25,7 +25,7 @@ MAX_PASSES = 256
 
 
 class OnDevice(Protocol):
-    """What says where forwards run: a store, or the options that one is opened with."""
+    """What determines where forwards run: a store, or the options that one is opened with."""
 
     @property
     def device(self) -> torch.device:

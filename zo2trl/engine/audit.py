@@ -65,7 +65,7 @@ def exchange_losses(
     """Every rank's losses (float64), in rank order, from processes that hold the same records and weights.
 
     Raises:
-        RanksDiverged: they do not; says what differs, where, and the way out.
+        RanksDiverged: they do not; the text names what differs, where, and the way out.
         RankLost: see `Ranks.exchange`.
     """
     n_records = len(store.records)

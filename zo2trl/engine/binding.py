@@ -3,7 +3,7 @@
 Does not: fetch, perturb or decide anything.
 
 Three states of a parameter: at rest (a view of its home, so that `state_dict`, savers and users just work), poisoned
-(NaN everywhere, during a traversal, while nobody may read it), and bound (leased or perturbed bytes). Only
+(NaN everywhere, during a traversal, while it must not be read), and bound (leased or perturbed bytes). Only
 `Parameter.data` is swapped: the Parameter objects stay, and with them ties, optimizer groups and PEFT's references.
 
 Invariant: outside a traversal every parameter is at rest.
@@ -52,12 +52,12 @@ class _Misfit(NamedTuple):
 
 
 class Binding:
-    """Swaps parameter storage of one model, and tells when a forward enters or leaves a visit point."""
+    """Swaps parameter storage of one model, and calls back when a forward enters or leaves a visit point."""
 
     _parameters: dict[int, nn.Parameter]  # tensor id -> Parameter
     _bound_views: dict[tuple[int, int, int], list[tuple[nn.Parameter, torch.Tensor]]]  # (segment, addresses) -> its
     _views_at_home: dict[int, tuple[int, list[tuple[nn.Parameter, torch.Tensor]]]]  # unit -> (version, its tensors)
-    _bound_home: dict[int, torch.Tensor]  # tensor id -> the view it was last put to rest with
+    _bound_home: dict[int, torch.Tensor]  # tensor id -> the view it was last bound home with
     _seen_versions: dict[int, int]  # tensor id -> Parameter._version at that moment
     _untouched: list[list[Any]]  # `_state` at that moment
 
@@ -128,7 +128,7 @@ class Binding:
         self._untouched = self._state()
 
     def collect_changes(self, point: VisitPoint | None = None) -> list[Unit]:
-        """Take over what somebody wrote into parameters at rest, of one point or all; the units they wrote to.
+        """Take over writes into parameters bound home, at one point or all, and return the units written to.
 
         In-place changes (`load_state_dict`, `p.add_`) are at home already, for they were made there. New tensors
         (`p.data = ...`) are copied home.
@@ -353,7 +353,7 @@ class FirstUse:
         while self._routed:
             module, name, routed, before = self._routed.pop()
             if module.__dict__.get(name) is not routed:
-                continue  # somebody else wrapped it again: it stays, and does nothing of its own any more
+                continue  # other code wrapped it again: it stays, and does nothing of its own any more
             if before is None:
                 del module.__dict__[name]
             else:

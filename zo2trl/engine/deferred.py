@@ -9,7 +9,7 @@ Invariants:
 - No operation sees other values than without us: what is not known to act on each row alone gets real tensors. A
   loss differs only by what a matrix multiplication of fewer rows does.
 - Per-token losses are reduced by the operation that would have reduced them, all at once.
-- When a tensor becomes real, so does all that was derived from it: somebody may write into it next.
+- When a tensor becomes real, so does all that was derived from it: it may be written into next.
 """
 
 import weakref
@@ -47,7 +47,7 @@ class Deferral:
         self._made.append(weakref.ref(node))
 
     def settle(self) -> None:
-        """Make real what somebody still holds."""
+        """Make the deferred tensors real that are still referenced."""
         for node in _alive(self._made):
             node.settle()
 

@@ -6,7 +6,7 @@ the model's own forward and loss function, unchanged, meet a stand-in for the lo
 
 Does not: know a model class or a loss function, or change what is computed; nor defer anything under autograd.
 
-Invariant: a stand-in is real or garbage when the weights it needs may change. Logits that somebody kept are made when
+Invariant: a stand-in is real or garbage when the weights it needs may change. Logits that were kept are made when
 the `deferring_logits` block ends; a block never outlives the pass it was entered in.
 """
 

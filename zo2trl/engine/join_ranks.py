@@ -4,7 +4,7 @@ Does not: open a store, or compare weights while steps are made (audit.py).
 
 Processes may be killed at any moment, so one journal can hold a step that another does not: a step is made only when
 all have sent their losses, so it is one step at most, or as many as a power cut took (`sync_every`). The step is known
-to the last bit where it is in a journal. So those who miss it copy it; nobody goes back.
+to the last bit where it is in a journal. So ranks that miss it copy it; no rank goes back.
 Invariant: afterwards all ranks have the same records.
 """
 

@@ -43,14 +43,14 @@ __all__ = ["Mode", "StoreSpec", "open_store"]
 logger = logging.getLogger(__name__)
 
 Mode = Literal["begin", "continue", "read"]
-BLOCK_BYTES = 4096  # of file systems
+BLOCK_BYTES = 4096  # the usual block of a file system
 SMALL_FILES_BYTES = 1 << 20  # journal, logbook, descriptions; a million steps take 64 times as much
 _TRACED = ("layout", "method", "codec", "decays", "seed", "quantised")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
-    """What a store needs to know to begin or continue a run.
+    """What a store needs in order to begin or continue a run.
 
     Args:
         layout, placement: what the units are and where they live.

@@ -290,7 +290,7 @@ def _default_rounding(layout: Layout) -> Rounding:
 
 
 def n_probes(options: EngineOptions) -> int:
-    """Of a step, in this process."""
+    """Count the probes of a step in this process."""
     estimator = TwoSidedSPSA(zo_eps=options.zo_eps, num_directions=options.num_directions)
     return len(options.ranks.share(estimator.probes()))
 

@@ -71,7 +71,7 @@ class Engine:
     ) -> None:
         self.model, self.store, self.estimator, self.ranks = model, store, estimator, ranks
         self._seeds = seeds
-        self._audit: Audit | None = None  # of the traversal that is under way, if anybody compares weights
+        self._audit: Audit | None = None  # the current traversal's audit, where weights are compared
         self._pending: _Pending | None = None
         self._n_skips = _skips_at_end(store.journal.records)
         self.visited: list[int] = []  # indices of the points the last traversal served, in order
@@ -279,7 +279,7 @@ class Engine:
 
     @traced("visit", lambda engine, index, *_: engine.store.layout.points[index].module_name or "root")
     def _serve(self, index: int, waiting: Sequence[Pass], seed: int) -> None:
-        let_interrupts_in()  # between two visits nothing is lent
+        let_interrupts_in()  # between two visits no lease is open
         point = self.store.layout.points[index]
         self.visited.append(index)
         probes = list(dict.fromkeys(one.probe for one in waiting))
@@ -315,7 +315,7 @@ class Engine:
 
     @uninterrupted
     def _visit_alone(self, point: VisitPoint, forward: Forward, arguments: tuple[tuple, dict]) -> Any:
-        """A forward outside any traversal: lease, bind, run, put to rest."""
+        """Run a forward outside any traversal: lease, bind, run, bind home."""
         self._commit_changes(point)
         with self.store.writing_back(), self.store.lease_clean(point) as clean:
             self.binding.bind(point, clean)
@@ -327,7 +327,7 @@ class Engine:
 
     def _commit_changes(self, point: VisitPoint | None = None) -> None:
         if changed := self.binding.collect_changes(point):
-            if point is not None:  # whoever wrote here wrote elsewhere, too: all of it becomes durable together
+            if point is not None:  # other points may be written to as well: all of it becomes durable together
                 changed = list(dict.fromkeys([*changed, *self.binding.collect_changes()]))
             self.store.commit_changes(changed)
             self.binding.bind_home()
@@ -363,7 +363,7 @@ class Engine:
 
 
 def _memory_note(store: TieredStore) -> str:
-    """What a user needs to know when the device is full."""
+    """Describe what to change when the device is full."""
     planned = store.placement.device_bytes
     peak = torch.cuda.max_memory_allocated(store.device) if store.device.type == "cuda" else planned
     return (

@@ -43,7 +43,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a timeline says of the steps in it.
+    """What a timeline shows about the steps in it.
 
     Attributes:
         n_traversals: traversals in the trace.

@@ -83,7 +83,7 @@ class UnitRecord(NamedTuple):
     revision: int
     """0, unless the unit was published at this position before."""
     n_bytes: int
-    """Of data, without the table of checksums."""
+    """Bytes of data, without the table of checksums."""
     crc: int
     """CRC32 of the file's table of checksums."""
     is_base: bool
@@ -91,7 +91,7 @@ class UnitRecord(NamedTuple):
 
 
 class MarkKind(IntEnum):
-    """What a mark says about the step it names.
+    """What a mark states about the step it names.
 
     REWOUND takes back the records behind its position; CHANGED makes the bases published before it count, together.
     """
@@ -123,7 +123,7 @@ class History:
 
     @property
     def last_step(self) -> int:
-        """Of the newest record; -1 before the first."""
+        """The step of the newest record; -1 before the first."""
         return self.records[-1].step if self.records else -1
 
     def add_unit(self, record: UnitRecord, *, waits: bool) -> None:
@@ -131,7 +131,7 @@ class History:
         if waits:
             self.waiting.append(record)
             return
-        name = record.position, record.revision  # one file, so what was said about it before does not hold any more
+        name = record.position, record.revision  # one file, so the older record of it does not hold any more
         before = self.versions.setdefault(record.unit, [])
         before[:] = [old for old in before if old.is_base and (old.position, old.revision) != name] + [record]
 

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 SECTOR = 512  # bytes that a drive writes whole or not at all; a multiple of RECORD_BYTES
 GROWTH = 64 * 1024  # bytes; a multiple of SECTOR, so that no record crosses a growth step
-_READ_TRIES = 5  # of a reader whose file changes under it
+_READ_TRIES = 5  # attempts of a reader whose file changes under it
 _FINGERPRINTED = 64  # records: losses tell runs apart, but ten skips in a row may not
 
 
@@ -62,7 +62,7 @@ class Journal:
 
     path: Path
     header: dict[str, JSON]
-    """What the creator said about the store: noise identity, layout hash, rounding, versions ..."""
+    """What the creator recorded about the store: noise identity, layout hash, rounding, versions ..."""
     repaired: str | None
     """A sentence for the user, if a crash had cut off the last append and `open` removed the rest of it."""
 
@@ -74,7 +74,7 @@ class Journal:
     _read_only: bool
     _failure: str | None  # what kept an append from its end: the file may hold any part of it
     _settings: bytes  # body of the SETTINGS in force
-    _crc: int  # of the last record: the next one starts from it
+    _crc: int  # CRC of the last record: the next one starts from it
     _end: int  # byte offset of the next record
     _capacity: int  # bytes of the file that are reserved and known to be zero from _end on
     _dirty_sector: int | None  # the one with bytes that were written and not synced
@@ -236,7 +236,7 @@ class Journal:
     # -- opening
 
     def _read(self, fd: int) -> tuple[bytearray, Scan]:
-        """The file's bytes and what they say; a reader beside a writer may meet half an append, and looks again."""
+        """The file's bytes and their history; a reader beside a writer may meet half an append, and looks again."""
         before = None
         for tries_left in reversed(range(_READ_TRIES)):
             raw = bytearray(self._fs.size(fd))

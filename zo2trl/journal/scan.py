@@ -57,7 +57,7 @@ _SETTINGS_ROWS = np.dtype({
     "offsets": [2, 4, 6, 8, 16],
     "itemsize": RECORD_BYTES,
 })  # fmt: skip
-_PLAIN_SHAPE = (1, 2, 1)  # of a two-sided step along one direction: those that come by the million
+_PLAIN_SHAPE = (1, 2, 1)  # a two-sided step along one direction: by far the most frequent
 
 _STEPS_AT_ONCE = 1 << 16  # on the way from columns to records, which bounds the memory that takes
 _MARK_KINDS = frozenset(MarkKind)

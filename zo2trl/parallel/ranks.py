@@ -1,12 +1,12 @@
-"""Ranks: the processes of one training, what they tell each other, and which part of a step each of them computes.
+"""Ranks: the processes of one training, what they exchange, and which part of a step each of them computes.
 
 Does not: know what the numbers mean that go round, start processes, or run anything in the background.
 
-Every message says what it is about, so that processes which have come to different places find out instead of taking
+Every message names what it is about, so that processes which have come to different places find out instead of taking
 one number for another. Waiting is a loop in Python: a signal ends it at once, and the connection of a process that has
-died is closed by its system, which every process that waits for it is told.
+died is closed by its system, and every process that waits for it sees that.
 
-Invariant: every process gets the same answers, in rank order, whoever asks.
+Invariant: every process gets the same answers, in rank order.
 """
 
 import json
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 Parallelism = Literal["data", "directions"]
 
 FRAME_BYTES = 1024  # one message of this size goes round; what does not fit follows in a second one
-_LENGTHS = struct.Struct("<II")  # of what the message is about, and of what it says
+_LENGTHS = struct.Struct("<II")  # the lengths of a message's subject and of its content
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 20e-6, 2e-3  # between two looks at whether a message has come
 
 
@@ -63,7 +63,7 @@ class Ranks:
         return self.size if self.parallelism == "data" else 1
 
     def share(self, probes: Sequence[Probe], *, rank: int | None = None) -> list[Probe]:
-        """The probes that a process evaluates (this one, unless said otherwise), in order."""
+        """The probes that a process evaluates (this one by default), in order."""
         if self.parallelism == "data":
             return list(probes)
         rank = self.rank if rank is None else rank
@@ -84,7 +84,7 @@ class Ranks:
                 found[share[index]].append((batch, rank, value))
         return [[value for *_, value in sorted(found[probe], key=lambda row: row[:2])] for probe in probes]
 
-    # -- what they tell each other
+    # -- what ranks exchange
 
     def exchange(self, about: str, message: bytes) -> list[bytes]:
         """Every rank's message, in rank order. All ranks have to ask about the same.
@@ -129,7 +129,7 @@ class Ranks:
         return int(min(row[0] for row in self.gather(about, [value])))
 
     def all_true(self, about: str, answer: bool) -> bool:
-        """Whether every rank says yes. Raises as `exchange`."""
+        """Whether `answer` is true in every rank. Raises as `exchange`."""
         return bool(self.least(about, int(answer)))
 
     def agree_on(self, what: str, facts: Mapping[str, Any]) -> None:
@@ -187,7 +187,7 @@ def join_ranks(parallelism: Parallelism, *, patience_s: float) -> Ranks:
     """This process among those that a launcher has started; all of them have to call this.
 
     Args:
-        patience_s: seconds to wait for a process that is there and says nothing.
+        patience_s: seconds to wait for a process that is alive and sends nothing.
     """
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return Ranks(parallelism=parallelism)

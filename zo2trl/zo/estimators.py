@@ -1,4 +1,4 @@
-"""Estimators: which points of weight space a step looks at, and what their losses say about the slope.
+"""Estimators: which points of weight space a step looks at, and how their losses estimate the slope.
 
 Does not: generate noise, touch weights, or know how a loss is computed.
 Invariant: an estimator receives one loss for each probe that it asked for, in the same order.
@@ -26,7 +26,7 @@ CLEAN = Probe(direction=0, coefficient=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What the probes of one step say: a coefficient for each direction, and the losses it was read from.
+    """What the probes of one step yield: a coefficient for each direction, and the losses it was read from.
 
     `coefficients` and `losses` become those of the step's record (records.py).
     """
@@ -61,7 +61,7 @@ class Estimate:
 
 
 Estimation = Generator[list[Probe], Sequence[float], Estimate]
-"""One step's estimation: it yields probes, receives their losses, and returns what they say.
+"""One step's estimation: it yields probes, receives their losses, and returns the estimate.
 
 Each question is answered by one traversal of the model, so an estimator that asks twice costs two.
 """

@@ -86,7 +86,7 @@ class Gaussian:
 
             return noise_triton.fill_gaussian(out, seed, tiles)
         for rows, block in _blocks(out, tiles, _FIELD_BLOCK):
-            # The indices are in range; "wrap" only says so to numpy, which otherwise fills a hidden buffer first.
+            # The indices are in range; "wrap" only keeps numpy from filling a hidden buffer first.
             np.take(gaussian_table(), _fields(DOMAIN_GAUSSIAN, seed, block), out=rows.reshape(-1, 8, 512), mode="wrap")
             _clear_padding(rows, block)
 

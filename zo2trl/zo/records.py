@@ -1,6 +1,6 @@
 """Records: what one finished optimizer step was, in scalars: enough to repeat it on any weights, at any time.
 
-Does not: say how records become bytes (journal/format.py) or how they change weights (updates.py).
+Does not: define how records become bytes (journal/format.py) or how they change weights (updates.py).
 Invariant: a record is a value; two runs that made equal records made equal weights.
 """
 

@@ -44,7 +44,7 @@ class _Runs(NamedTuple):
 class TileMap:
     """What each tile of a flat run of whole tiles holds: the tiles from `start` to `stop` (exclusive) of some tensors.
 
-    A map takes memory per tensor; what it says of each tile is computed when it is asked for, of a small slice mostly.
+    A map takes memory per tensor; the facts of a tile are computed on demand, mostly for a small slice.
     """
 
     _runs: _Runs = field(repr=False)

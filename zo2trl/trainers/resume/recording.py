@@ -55,7 +55,7 @@ class RecordingMixin(ParallelMixin, _Base):
             if isinstance(datasets, dict) or not self.is_in_train:
                 return super().evaluate(**given)  # type: ignore[misc]
             known = None if self._retrace is None else self._retrace.evaluation(metric_key_prefix)
-            # A process that was stopped while others noted the evaluation does not know it: all make it again.
+            # A process that was stopped while others noted the evaluation lacks it: all make it again.
             if self._retrace is not None and self.ranks.all_true("evaluations that are known", known is not None):
                 assert known is not None
                 return self._report_again(dict(known))

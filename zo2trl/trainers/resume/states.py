@@ -32,7 +32,7 @@ RNG_NAME = "rng_state.json"
 OPTIMIZER_NAME = "optimizer.json"
 SCHEDULER_NAME = "scheduler.json"
 MAX_JSON_BYTES = 64 * 2**20
-MAX_DEPTH = 20  # of containers; each takes a few levels of JSON
+MAX_DEPTH = 20  # nested containers; each takes a few levels of JSON
 MAX_INTEGER_BITS = 10_000  # as many as the standard library reads back
 CURE = "Resume from another checkpoint, or from the journal alone with `resume_from_checkpoint=True`."
 

@@ -35,7 +35,7 @@ _TILE = tl.constexpr(tiling.TILE)
 _SIGN_CALLS, _FIELD_CALLS = tl.constexpr(tiling.SIGN_CALLS), tl.constexpr(tiling.FIELD_CALLS)
 _RADEMACHER, _GAUSSIAN = tl.constexpr(tiling.DOMAIN_RADEMACHER), tl.constexpr(tiling.DOMAIN_GAUSSIAN)
 _ROUNDING = tl.constexpr(tiling.DOMAIN_ROUNDING)
-_HEAD_WORDS, _DIRECTION_WORDS = 2, 3  # of a row of the table of steps
+_HEAD_WORDS, _DIRECTION_WORDS = 2, 3  # words in a row of the table of steps
 _HEAD, _PER_DIRECTION = tl.constexpr(_HEAD_WORDS), tl.constexpr(_DIRECTION_WORDS)
 
 _MAX_STEPS = 256  # per launch: a longer history is replayed in several, and the table stays small
