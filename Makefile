@@ -9,6 +9,9 @@ BIN := .venv/bin
 STAMP := .venv/ready
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt
 
+# Workers take tests from each other, so that no long one is left to the end; each computes on one core.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-nightly lint bench docs docs-pages
 
@@ -29,10 +32,10 @@ demo: $(STAMP) ## Pretrain a small OPT, fine-tune it out of three tiers, check t
 	$(BIN)/python -m recipes.sentiment_demo
 
 test: $(STAMP) ## Run the tests that need neither a GPU nor patience
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not nightly" --durations=10
+	$(TESTS) -m "not gpu and not nightly"
 
 test-nightly: $(STAMP) ## Run the long tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "nightly and not gpu" --timeout 7200 --durations=10
+	$(TESTS) -m "nightly and not gpu" --timeout 7200
 
 lint: $(STAMP) ## Style and types
 	$(BIN)/ruff check .

@@ -120,7 +120,9 @@ SETUPS = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(4, 10))]
+)
 def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path, seed: int) -> None:
     setup = SETUPS[seed % len(SETUPS)]
     n_acknowledged = kill_again_and_again(tmp_path / "store", setup, seed=seed, n_kills=KILLS_PER_STORE)

@@ -165,7 +165,9 @@ def straight_or_killed(kind: str, folder: Path, *, seed: int) -> None:
     assert exported(folder / "copied", folder / "rebuilt", base=folder / "base") == weights, f"seed {seed}"
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "lora"])
+@pytest.mark.parametrize(
+    "kind", ["bf16", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("fp32", "lora"))]
+)
 def test_a_hundred_steps_with_ten_kills_give_the_weights_of_a_hundred_steps(kind: str, tmp_path: Path) -> None:
     straight_or_killed(kind, tmp_path, seed=random.randrange(2**32))
 

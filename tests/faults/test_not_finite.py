@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback, default_data_collator
 
+from tests.support.covering import every_pair
 from tests.support.models import tiny_model, tiny_rows
 from tests.support.runs import QUIET, STREAMED_FROM_DISK, closing, differing, weights_of
 from zo2trl import ZOConfig, ZOTrainer
@@ -68,9 +69,7 @@ def faulty_trainer(folder: Path, model: nn.Module, *, fault: str, steps: range, 
     return Faulty(model, config, fault=fault, steps=steps, **named)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("kind", "dtype", "fault"), every_pair(["full", "lora"], DTYPES, FAULTS))
 def test_a_step_without_a_finite_loss_changes_nothing(fault: str, dtype: str, kind: str, tmp_path: Path) -> None:
     witness = Witness()
     model = model_of(kind, DTYPES[dtype])

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import default_data_collator
 
+from tests.support.covering import every_value
 from tests.support.models import FAMILIES, VOCABULARY, tiny_batch, tiny_model, tiny_rows
 from tests.support.plain import PlainZO
 from tests.support.runs import (
@@ -306,9 +307,14 @@ def test_a_loss_function_that_raises_leaves_the_trainer_usable(tmp_path: Path) -
 # -- precision of the loss
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "t5", "roberta-classes", "roberta-mlm", "mixtral"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("place", [EVERYTHING_ON_DEVICE, STREAMED_FROM_DISK], ids=["device", "disk"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "place"),
+    every_value(
+        ["opt", "llama", "t5", "roberta-classes", "roberta-mlm", "mixtral"],
+        [torch.bfloat16, torch.float16],
+        [EVERYTHING_ON_DEVICE, STREAMED_FROM_DISK],
+    ),
+)
 def test_16_bit_models_get_a_loss_in_fp32(name: str, dtype: torch.dtype, place: dict, tmp_path: Path) -> None:
     model = tiny_model(name, dtype=dtype)
     with closing(zo_trainer(tmp_path, model, tiny_rows(name, 6), zo_eps=1e-2, **place)) as trainer:
