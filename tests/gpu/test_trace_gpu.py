@@ -83,7 +83,7 @@ def test_nobody_waits_between_units(tmp_path: Path) -> None:
 
 def test_who_waits_is_found_out_with_the_unit(tmp_path: Path) -> None:
     trace, _, _ = traced(tmp_path, cpu=1 << 34, in_loss=lambda loss: loss.item())
-    assert trace.summary.host_syncs == {"cudaStreamSynchronize during rest": 2 * N_STEPS}
+    assert trace.summary.host_syncs == {"cudaStreamSynchronize during root": 2 * N_STEPS}
 
 
 def test_shares_are_shares(tmp_path: Path) -> None:
