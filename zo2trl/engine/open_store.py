@@ -101,7 +101,7 @@ class StoreSpec:
         }  # fmt: skip
 
 
-def open_store(folder: StoreFolder, run: StoreSpec, source: Source, *, mode: Mode, fs: FS) -> TieredStore:
+def open_store(folder: StoreFolder, spec: StoreSpec, source: Source, *, mode: Mode, fs: FS) -> TieredStore:
     """A store with all units in their tiers; owns `folder` from here on, if it succeeds.
 
     Raises:
@@ -111,16 +111,16 @@ def open_store(folder: StoreFolder, run: StoreSpec, source: Source, *, mode: Mod
     """
     with ExitStack() as undo:
         if mode == "begin":
-            residency, journal = _begin(folder, run, source, undo=undo, fs=fs)
+            residency, journal = _begin(folder, spec, source, undo=undo, fs=fs)
         else:
-            residency, journal = _continue(folder, run, source, mode=mode, undo=undo, fs=fs)
+            residency, journal = _continue(folder, spec, source, mode=mode, undo=undo, fs=fs)
         logbook = Logbook.open(folder.logbook, fs=fs) if mode != "read" else Logbook.blank(folder.logbook, fs=fs)
         undo.callback(logbook.close)
         if mode == "continue":
             logbook.forget_beyond(len(journal.records))
         store = TieredStore(
-            residency, journal=journal, logbook=logbook, method=run.method,
-            write_schedule=run.write_schedule, device=run.device,
+            residency, journal=journal, logbook=logbook, method=spec.method,
+            write_schedule=spec.write_schedule, device=spec.device,
             on_first_step=folder.drop_earlier_run if mode == "begin" else lambda: None, on_close=folder.close,
         )  # fmt: skip
         undo.pop_all()
@@ -128,7 +128,7 @@ def open_store(folder: StoreFolder, run: StoreSpec, source: Source, *, mode: Mod
 
 
 def _begin(
-    folder: StoreFolder, run: StoreSpec, source: Source, *, undo: ExitStack, fs: FS
+    folder: StoreFolder, spec: StoreSpec, source: Source, *, undo: ExitStack, fs: FS
 ) -> tuple[Residency, Journal]:
     n_steps = folder.set_run_aside()
     if n_steps:
@@ -138,54 +138,54 @@ def _begin(
             folder.path, n_steps,
         )  # fmt: skip
     originals = OriginalFiles(fs=fs)
-    found = _found_in(originals, run, source)
-    _check_disk_space(run, folder, fs, found=found)
+    found = _found_in(originals, spec, source)
+    _check_disk_space(spec, folder, fs, found=found)
     files = UnitFiles(folder.units, fs=fs)
-    residency = _make_residency(run, files, originals=originals, fs=fs)
+    residency = _make_residency(spec, files, originals=originals, fs=fs)
     undo.callback(residency.close)
-    crcs = residency.populate(source, keep_base=run.base_folder is None, kept_frozen=run.kept_frozen())
-    write_layout(folder.layout, run.layout, crcs, fs=fs)
-    run.describe(folder.model)
+    crcs = residency.populate(source, keep_base=spec.base_folder is None, kept_frozen=spec.kept_frozen())
+    write_layout(folder.layout, spec.layout, crcs, fs=fs)
+    spec.describe(folder.model)
     fs.sync_tree(folder.model)
-    header = {**run.header(), "store": run.store_id, "base": base_digest(run.layout, crcs)}
+    header = {**spec.header(), "store": spec.store_id, "base": base_digest(spec.layout, crcs)}
     journal = Journal.create(
-        folder.journal, header=header, units=files.first_records, fs=fs, sync_every=run.sync_every
+        folder.journal, header=header, units=files.first_records, fs=fs, sync_every=spec.sync_every
     )  # fmt: skip
     undo.callback(journal.close)
-    files.attach(journal, run.layout.units)
+    files.attach(journal, spec.layout.units)
     return residency, journal
 
 
 def _continue(
-    folder: StoreFolder, run: StoreSpec, source: Source, *, mode: Mode, undo: ExitStack, fs: FS
+    folder: StoreFolder, spec: StoreSpec, source: Source, *, mode: Mode, undo: ExitStack, fs: FS
 ) -> tuple[Residency, Journal]:
     read_only = mode == "read"
-    journal = Journal.open(folder.journal, fs=fs, read_only=read_only, sync_every=run.sync_every)
+    journal = Journal.open(folder.journal, fs=fs, read_only=read_only, sync_every=spec.sync_every)
     undo.callback(journal.close)
-    _refuse_other_run(journal.header, run, folder)
+    _refuse_other_run(journal.header, spec, folder)
     stored = read_layout(folder.layout, fs=fs)
     for problem in mismatches(folder, journal.header, stored):
         raise StoreForeign(problem)
     files = UnitFiles(folder.units, fs=fs)
-    files.attach(journal, run.layout.units)
+    files.attach(journal, spec.layout.units)
     originals = OriginalFiles(fs=fs)
-    found = _found_in(originals, run, source)
+    found = _found_in(originals, spec, source)
     if read_only:
-        run = replace(run, placement=_in_memory_unless_filed(run, files, found=found))
+        spec = replace(spec, placement=_in_memory_unless_filed(spec, files, found=found))
     else:
         if journal.records:
             folder.drop_earlier_run()  # a crash may have come between this run's first step and that
-        _check_disk_space(run, folder, fs, found=found, there=files)
-        for name in files.sweep(run.layout.units):
+        _check_disk_space(spec, folder, fs, found=found, there=files)
+        for name in files.sweep(spec.layout.units):
             logger.info("%s is removed: no record of the journal names it.", folder.units / name)
-    residency = _make_residency(run, files, originals=originals, fs=fs, read_only=read_only)
+    residency = _make_residency(spec, files, originals=originals, fs=fs, read_only=read_only)
     undo.callback(residency.close)
-    residency.restore(source, base_crcs=stored.base_crcs, has_base=run.base_folder is not None)
+    residency.restore(source, base_crcs=stored.base_crcs, has_base=spec.base_folder is not None)
     return residency, journal
 
 
-def _refuse_other_run(found: Mapping[str, Any], run: StoreSpec, folder: StoreFolder) -> None:
-    wanted = run.header()
+def _refuse_other_run(found: Mapping[str, Any], spec: StoreSpec, folder: StoreFolder) -> None:
+    wanted = spec.header()
     for name in _TRACED:
         if found.get(name) != wanted.get(name):
             raise StoreForeign(
@@ -205,51 +205,51 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _found_in(originals: OriginalFiles, run: StoreSpec, source: Source) -> set[int]:
+def _found_in(originals: OriginalFiles, spec: StoreSpec, source: Source) -> set[int]:
     """Units that need no copy on disk, because they can be read from the files they were loaded from."""
-    kept = run.kept_frozen()
-    return {unit.index for unit in run.layout.units if unit.index not in kept and originals.note(unit, source)}
+    kept = spec.kept_frozen()
+    return {unit.index for unit in spec.layout.units if unit.index not in kept and originals.note(unit, source)}
 
 
-def _in_memory_unless_filed(run: StoreSpec, files: UnitFiles, *, found: Collection[int]) -> Placement:
+def _in_memory_unless_filed(spec: StoreSpec, files: UnitFiles, *, found: Collection[int]) -> Placement:
     """Without writing, a unit of the disk tier that has no file yet lives in memory."""
     tiers: dict[int, TierName] = {
         unit.index: "cpu" if tier == "disk" and files.newest(unit) is None and unit.index not in found else tier
-        for unit in run.layout.units
-        for tier in (run.placement.tier_of[unit.index],)
+        for unit in spec.layout.units
+        for tier in (spec.placement.tier_of[unit.index],)
     }
-    return replace(run.placement, tier_of=tiers)
+    return replace(spec.placement, tier_of=tiers)
 
 
 def _make_residency(
-    run: StoreSpec, files: UnitFiles, *, originals: OriginalFiles, fs: FS, read_only: bool = False
+    spec: StoreSpec, files: UnitFiles, *, originals: OriginalFiles, fs: FS, read_only: bool = False
 ) -> Residency:
-    in_cpu = [run.layout.units[index] for index in run.placement.units_in("cpu")]
+    in_cpu = [spec.layout.units[index] for index in spec.placement.units_in("cpu")]
     tiers = Tiers(
-        gpu=DeviceTier(run.device, [unit for unit in run.layout.units if unit.is_resident]),
-        cpu=HostTier(in_cpu, pinned=run.device.type == "cuda"),
-        disk=DiskTier(files, keep_base=run.base_folder is None, originals=originals, fs=fs),
+        gpu=DeviceTier(spec.device, [unit for unit in spec.layout.units if unit.is_resident]),
+        cpu=HostTier(in_cpu, pinned=spec.device.type == "cuda"),
+        disk=DiskTier(files, keep_base=spec.base_folder is None, originals=originals, fs=fs),
     )
-    return Residency(run.layout, run.placement, tiers=tiers, files=files, device=run.device, read_only=read_only)
+    return Residency(spec.layout, spec.placement, tiers=tiers, files=files, device=spec.device, read_only=read_only)
 
 
 def _check_disk_space(
-    run: StoreSpec, folder: StoreFolder, fs: FS, *, found: Collection[int], there: UnitFiles | None = None
+    spec: StoreSpec, folder: StoreFolder, fs: FS, *, found: Collection[int], there: UnitFiles | None = None
 ) -> None:
     """Units on disk, the copy of the first weights, a snapshot of every unit in memory, and two drafts beside them."""
-    needed, kept = 0, run.kept_frozen()
+    needed, kept = 0, spec.kept_frozen()
     drafts = [0]
-    for unit in run.layout.units:
-        on_disk = run.placement.tier_of[unit.index] == "disk"
+    for unit in spec.layout.units:
+        on_disk = spec.placement.tier_of[unit.index] == "disk"
         if unit.is_trained or unit.index in kept or (on_disk and unit.index not in found):
-            files = 1 + (unit.is_trained and run.base_folder is None)
+            files = 1 + (unit.is_trained and spec.base_folder is None)
             needed += (files - len(there.versions(unit) if there else ())) * _file_bytes(unit)
         drafts.append(_file_bytes(unit) if unit.is_trained else 0)
     needed = max(needed + sum(sorted(drafts)[-2:]), 0) + (SMALL_FILES_BYTES if there is None else 0)
     free = fs.free_bytes(folder.path)
     if needed > free:
         raise BudgetError(
-            f"`store_dir` {folder.path} will hold up to {needed:,} bytes more, {free:,} are free. {_fewer(run)} Or "
+            f"`store_dir` {folder.path} will hold up to {needed:,} bytes more, {free:,} are free. {_fewer(spec)} Or "
             "choose another `store_dir`."
         )
 
@@ -259,10 +259,10 @@ def _file_bytes(unit: Unit) -> int:
     return unit.stored_bytes + CRC_BYTES * len(unit.tensors) + BLOCK_BYTES
 
 
-def _fewer(run: StoreSpec) -> str:
-    units: list[Unit] = [run.layout.units[index] for index in run.placement.units_in("disk")]
+def _fewer(spec: StoreSpec) -> str:
+    units: list[Unit] = [spec.layout.units[index] for index in spec.placement.units_in("disk")]
     tips = ["Free some space."]
-    if run.base_folder is None:
+    if spec.base_folder is None:
         tips.append("Hand over the checkpoint's path instead of a loaded model: its weights are then not copied.")
     if units:
         tips.append("Raise `cpu_memory` or `device_memory`, so that fewer units live on disk.")

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from zo2trl.engine.step import Engine
 from zo2trl.engine.timeline import CUDA_THREAD, SPAN, Interval, Summary, Timeline
 from zo2trl.errors import ConfigError
-from zo2trl.files.tracing import Span, listening
+from zo2trl.files.tracing import TracedInterval, listening
 
 __all__ = ["Trace", "draw_timeline", "read_trace", "zo_trace"]
 
@@ -97,7 +97,7 @@ def _profiled(device: torch.device) -> Iterator[dict[str, Any]]:
         found.update(json.loads(file.read_bytes()))
 
 
-def _own_events(spans: Iterable[Span], *, base_ns: int) -> list[dict[str, Any]]:
+def _own_events(spans: Iterable[TracedInterval], *, base_ns: int) -> list[dict[str, Any]]:
     pid = os.getpid()
     named = [
         {"ph": "M", "name": "thread_name", "pid": pid, "tid": thread.native_id, "args": {"name": thread.name}}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
-__all__ = ["Kind", "Span", "listening", "traced"]
+__all__ = ["Kind", "TracedInterval", "listening", "traced"]
 
 Kind = Literal["traversal", "visit", "fetch", "write back", "disk read", "disk write"]
 
@@ -20,8 +20,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Span(NamedTuple):
-    """A Span is one traced call in one thread."""
+class TracedInterval(NamedTuple):
+    """A TracedInterval is one traced call in one thread."""
 
     kind: Kind
     name: str
@@ -34,11 +34,11 @@ class Span(NamedTuple):
     """This is the pthread number of the same thread; CUDA identifies threads by its lower half."""
 
 
-_listeners: list[Callable[[Span], None]] = []
+_listeners: list[Callable[[TracedInterval], None]] = []
 
 
 @contextmanager
-def listening(listener: Callable[[Span], None]) -> Iterator[None]:
+def listening(listener: Callable[[TracedInterval], None]) -> Iterator[None]:
     """Call `listener` with every span that ends inside the block, in the thread of the span."""
     _listeners.append(listener)
     try:
@@ -60,7 +60,7 @@ def traced(kind: Kind, name: Callable[..., Any]) -> Callable[[Callable[P, T]], C
                 return function(*args, **kwargs)
             finally:
                 end_ns, what = time.time_ns(), str(name(*args, **kwargs))
-                span = Span(kind, what, start_ns, end_ns, threading.get_native_id(), threading.get_ident())
+                span = TracedInterval(kind, what, start_ns, end_ns, threading.get_native_id(), threading.get_ident())
                 for listener in tuple(_listeners):
                     listener(span)
 

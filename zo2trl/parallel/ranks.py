@@ -103,7 +103,7 @@ class Ranks:
         if n_left > 0:
             rests = self._gather(whole[FRAME_BYTES:].ljust(n_left, b"\0"), about)
             firsts = [first + rest for first, rest in zip(firsts, rests, strict=True)]
-        said: list[bytes] = []
+        answers: list[bytes] = []
         for rank, (text, (n_subject, n_message)) in enumerate(zip(firsts, lengths, strict=True)):
             start = _LENGTHS.size + n_subject
             if text[_LENGTHS.size : start] != subject:
@@ -112,25 +112,25 @@ class Ranks:
                     f"{text[_LENGTHS.size : start].decode(errors='replace')!r}: they do not do the same. Call "
                     "`train`, `evaluate` and `predict` in all of them, with the same arguments and datasets."
                 )
-            said.append(text[start : start + n_message])
-        return said
+            answers.append(text[start : start + n_message])
+        return answers
 
     def gather(self, about: str, values: Sequence[float]) -> list[tuple[float, ...]]:
         """Every rank's numbers (float64, bit for bit), in rank order. Raises as `exchange`."""
-        said = self.exchange(about, struct.pack(f"<{len(values)}d", *values))
-        return [struct.unpack(f"<{len(message) // 8}d", message) for message in said]
+        answers = self.exchange(about, struct.pack(f"<{len(values)}d", *values))
+        return [struct.unpack(f"<{len(message) // 8}d", message) for message in answers]
 
     def all_gather(self, about: str, value: Any) -> list[Any]:
         """Every rank's JSON value, in rank order. Raises as `exchange`."""
         return [json.loads(message) for message in self.exchange(about, json.dumps(value).encode())]
 
-    def least(self, about: str, value: int) -> int:
+    def all_min(self, about: str, value: int) -> int:
         """The smallest of the ranks' whole numbers (below 2**53). Raises as `exchange`."""
         return int(min(row[0] for row in self.gather(about, [value])))
 
     def all_true(self, about: str, answer: bool) -> bool:
         """Whether `answer` is true in every rank. Raises as `exchange`."""
-        return bool(self.least(about, int(answer)))
+        return bool(self.all_min(about, int(answer)))
 
     def agree_on(self, what: str, facts: Mapping[str, Any]) -> None:
         """Compare facts (JSON) that have to be the same everywhere. Raises as `exchange`.
@@ -140,14 +140,14 @@ class Ranks:
         """
         if self.group is None:
             return
-        told = self.all_gather(what, dict(facts))
-        for rank, other in enumerate(told):
-            for name in sorted(told[0].keys() | other.keys()):
-                if other.get(name) != told[0].get(name):
+        gathered = self.all_gather(what, dict(facts))
+        for rank, other in enumerate(gathered):
+            for name in sorted(gathered[0].keys() | other.keys()):
+                if other.get(name) != gathered[0].get(name):
                     raise ConfigError(
-                        f"{what}: `{name}` is {_short(told[0].get(name))} in rank 0 and {_short(other.get(name))} in "
-                        f"rank {rank}, but has to be the same in all {self.size} processes. Make model, datasets and "
-                        "arguments alike in each (`transformers.set_seed` before anything random, such as new "
+                        f"{what}: `{name}` is {_short(gathered[0].get(name))} in rank 0 and {_short(other.get(name))} "
+                        f"in rank {rank}, but has to be the same in all {self.size} processes. Make model, datasets "
+                        "and arguments alike in each (`transformers.set_seed` before anything random, such as new "
                         "adapters or a new head)."
                     )
 

@@ -85,4 +85,4 @@ class EvaluationTraversal:
         if not self._trainer.engine.store.placement.ring_bytes:
             size = 1  # nothing is streamed: lockstep would only keep more predictions in memory
         # The loop gathers after each batch, and losses may gather in the traversal: all processes must gather alike.
-        return self._trainer.ranks.least("evaluation batches of a traversal", size)
+        return self._trainer.ranks.all_min("evaluation batches of a traversal", size)
