@@ -174,7 +174,6 @@ def _signs_of_byte() -> npt.NDArray[np.float32]:
 
 def _clear_padding(rows: npt.NDArray[np.generic], tiles: TileMap) -> None:
     """Set the padding to +0.0 (a multiplication by 0 would leave -0.0)."""
-    partial = np.flatnonzero(tiles.n_valid < TILE)
-    if len(partial):
-        is_padding = np.arange(TILE) >= tiles.n_valid[partial, None]
-        rows[partial] = np.where(is_padding, np.float32(0.0), rows[partial])
+    n_valid = tiles.n_valid
+    for row in np.flatnonzero(n_valid < TILE):  # one tile a tensor at most
+        rows[row, n_valid[row] :] = 0.0

@@ -5,6 +5,7 @@ Does not: generate noise (noise.py) or change weights (updates.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ class TileMap:
         """int32 [n_tiles], how many of its elements are the tensor's; the rest of the tile is padding."""
         return self._rows[2]
 
-    @property
+    @cached_property  # kept by the few tiles that are drawn at a time; a map of many is sliced first
     def _rows(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
         tiles = np.arange(self.start, self.stop)
         run = np.searchsorted(self._runs.first_tiles, tiles, side="right") - 1
@@ -99,6 +100,8 @@ class TileMap:
     def slice(self, start: int, stop: int) -> "TileMap":
         """Tiles `start` to `stop` (exclusive) of this map, which share its device copies."""
         first, last, _ = slice(start, stop).indices(len(self))
+        if first == 0 and last == len(self):
+            return self
         return replace(self, start=self.start + first, stop=self.start + max(first, last))
 
     def on_device(self, device: torch.device) -> tuple[torch.Tensor, int, int]:
