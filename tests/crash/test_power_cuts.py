@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import processes
+from tests.support.covering import few_in_ci
 from tests.support.crash_fs import CrashFS, CrashImage
 from tests.support.durable import (
     Action,
@@ -48,7 +49,7 @@ SETUPS = {
     "everything in memory": Setup(tiers=("gpu", "cpu", "cpu", "gpu"), snapshot=2),
 }
 
-EVERY = 3  # operations between two cuts of one test
+EVERY = 6  # operations between two cuts of one test
 
 one_thread, tmp_path = processes.one_thread, processes.tmp_path_in_memory
 
@@ -144,12 +145,14 @@ class Trial:
 
 
 @pytest.mark.parametrize(
-    ("n_random", "n_images", "n_different"), [(1, 250, 100), pytest.param(8, 1100, 300, marks=pytest.mark.nightly)]
+    ("n_random", "every", "n_images", "n_different"),
+    [(1, 2, 120, 50), pytest.param(8, 1, 1100, 300, marks=pytest.mark.nightly)],
 )
 def test_a_training_of_12_steps_survives_a_power_cut_at_every_operation(
-    tmp_path: Path, n_random: int, n_images: int, n_different: int
+    tmp_path: Path, n_random: int, every: int, n_images: int, n_different: int
 ) -> None:
-    trial = Trial(SETUPS["whole blocks"], TRAINING, tmp_path).check_all(n_random=n_random)
+    """CI cuts the power after every other operation, the night after each of them."""
+    trial = Trial(SETUPS["whole blocks"], TRAINING, tmp_path).check_all(n_random=n_random, every=every)
     assert trial.n_images >= n_images
     assert trial.n_different >= n_different
 
@@ -157,31 +160,34 @@ def test_a_training_of_12_steps_survives_a_power_cut_at_every_operation(
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, EVERY))])
 @pytest.mark.parametrize("name", [name for name in SETUPS if name != "whole blocks"])
 def test_so_it_does_however_the_store_is_set_up(tmp_path: Path, name: str, seed: int) -> None:
-    """CI cuts the power after every third operation, the night after each of them."""
+    """CI cuts the power after every sixth operation, the night after each of them."""
     Trial(SETUPS[name], [*steps(1, 7), Action("flush")], tmp_path).check_all(n_random=1, seed=seed, every=EVERY)
 
 
+@pytest.mark.parametrize("every", few_in_ci(7, 3))
 @pytest.mark.parametrize(
     ("name", "seed"), [("by leaf", 1), pytest.param("whole blocks", 0, marks=pytest.mark.nightly)]
 )
 def test_history_that_is_replaced_or_taken_back_is_so_whole_or_not_at_all(
-    tmp_path: Path, name: str, seed: int
+    tmp_path: Path, name: str, seed: int, every: int
 ) -> None:
-    Trial(SETUPS[name], HISTORY, tmp_path).check_all(n_random=2, seed=seed, every=3)
+    Trial(SETUPS[name], HISTORY, tmp_path).check_all(n_random=2, seed=seed, every=every)
 
 
-def test_a_run_begun_over_another_counts_from_its_first_step_and_not_before(tmp_path: Path) -> None:
-    Trial(SETUPS["whole blocks"], BEGINNINGS, tmp_path).check_all(n_random=2, every=2)
+@pytest.mark.parametrize("every", few_in_ci(5, 2))
+def test_a_run_begun_over_another_counts_from_its_first_step_and_not_before(tmp_path: Path, every: int) -> None:
+    Trial(SETUPS["whole blocks"], BEGINNINGS, tmp_path).check_all(n_random=2, every=every)
 
 
-def test_a_second_power_cut_while_the_store_is_opened_again_is_no_worse(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_firsts", few_in_ci(4, 9))
+def test_a_second_power_cut_while_the_store_is_opened_again_is_no_worse(tmp_path: Path, n_firsts: int) -> None:
     trial = Trial(
         SETUPS["whole blocks"],
         [*HISTORY[:9], Action("back", 2), *steps(3, 4), Action("begin"), Action("visit"), *steps(1, 1)],
         tmp_path,
     )
     images = [image for image in trial.fs.images(n_random=1, seed=5) if image.notes]
-    for number, image in enumerate(images[:: max(len(images) // 9, 1)]):
+    for number, image in enumerate(images[:: max(len(images) // n_firsts, 1)]):
         fs = CrashFS(image.write_to(trial.folder))
         with trial.setup.opened(fs.root / "store", mode="continue", fs=fs) as store:
             state = state_of(store)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.covering import few_in_ci
 from tests.support.durable import Player, QuickFS, Setup, make_record, state_of, steps
 from tests.support.processes import Child, Report, child, single_threaded
 from zo2trl.errors import StoreLocked
 from zo2trl.files.fs import LOCAL
 
-N_RACES = 100
 SETUP = Setup()
 
 
@@ -48,8 +48,9 @@ def race(folder: Path, starts: list[Path], report: Report) -> None:
     time.sleep(30)
 
 
-def test_of_two_that_open_a_store_at_the_same_moment_exactly_one_gets_it(tmp_path: Path) -> None:
-    starts = [tmp_path / f"start-{number}" for number in range(N_RACES)]
+@pytest.mark.parametrize("n_races", few_in_ci(30, 200))
+def test_of_two_that_open_a_store_at_the_same_moment_exactly_one_gets_it(tmp_path: Path, n_races: int) -> None:
+    starts = [tmp_path / f"start-{number}" for number in range(n_races)]
     with (
         child(lambda report: race(tmp_path, starts, report)) as first,
         child(lambda report: race(tmp_path, starts, report)) as second,

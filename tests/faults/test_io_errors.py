@@ -34,7 +34,7 @@ from zo2trl.errors import ZO2TRLError
 LIFE = [*steps(1, 1), Action("replace", 1), *steps(2, 2), Action("back", 1), *steps(2, 2), Action("reopen")]
 LIFE += [Action("flush")]
 SETUP = Setup(write_back=1, snapshot=2)
-EVERY = 3  # calls between two trials of one test
+EVERY = 6  # calls between two trials of one test
 
 one_thread, tmp_path = processes.one_thread, processes.tmp_path_in_memory
 
@@ -163,7 +163,7 @@ NIGHTLY += [("ENOSPC", True), ("sync", False), ("short write", True), ("short re
 def test_whichever_call_fails_the_error_is_named_and_the_store_opens_to_what_was_promised(
     tmp_path: Path, fault: str, for_ever: bool, first: int
 ) -> None:
-    """CI strikes every third call of a life, the night each of them."""
+    """CI strikes every sixth call of a life, the night each of them."""
     at = first
     while strike(fault, tmp_path, at=at, for_ever=for_ever):
         at += EVERY

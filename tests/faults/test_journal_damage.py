@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.covering import few_in_ci
 from tests.support.journals import HEADER, exact, header_bytes, skip, step, unit, used_bytes, written
 from zo2trl.errors import StoreCorrupt
 from zo2trl.journal.journal import GROWTH, RECORD_BYTES, Journal, MarkKind
@@ -70,7 +71,9 @@ def patched(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def test_no_flipped_bit_of_a_hundred_records_and_their_header_is_missed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", few_in_ci(3, 1))
+def test_no_flipped_bit_of_a_hundred_records_and_their_header_is_missed(tmp_path: Path, every: int) -> None:
+    """CI flips every third bit, the night each of them."""
     path = tmp_path / "journal"
     hundred_records(path)
     raw, start = path.read_bytes(), header_bytes(path)
@@ -80,7 +83,7 @@ def test_no_flipped_bit_of_a_hundred_records_and_their_header_is_missed(tmp_path
         for position in range(end):
             number, in_record = divmod(position - start, RECORD_BYTES)
             where = f"{path} at offset {position - in_record}: record {number} of 100 has CRC" if number >= 0 else ""
-            for bit in range(8):
+            for bit in range(position % every, 8, every):
                 os.pwrite(fd, bytes([raw[position] ^ 1 << bit]), position)
                 message = refused(path)
                 assert where in message and str(path) in message, f"bit {bit} of byte {position}"
@@ -108,12 +111,13 @@ def test_a_bit_that_fell_into_the_room_reserved_for_later_is_noticed(tmp_path: P
     assert path.read_bytes() == raw
 
 
-def check_cuts(folder: Path, *, repair_every: int) -> None:
-    """Look at the journal cut at every byte, and let a run repair it at every n-th and around every record."""
+def check_cuts(folder: Path, *, every: int, repair_every: int) -> None:
+    """Look at the journal cut at every n-th byte, and let a run repair it at some and around every record."""
     path = folder / "journal"
     at = hundred_records(path)
     raw, start, end = path.read_bytes(), header_bytes(path), used_bytes(path)
-    for n_bytes in [*range(end + 2 * RECORD_BYTES), *range(end, GROWTH, 997), GROWTH - 1]:
+    some = [n for n in range(end + 2 * RECORD_BYTES) if n % every == 0 or n % RECORD_BYTES in (0, 1, 63)]
+    for n_bytes in [*some, *range(end, GROWTH, 997), GROWTH - 1]:
         path.write_bytes(raw[:n_bytes])
         if n_bytes < start:
             assert str(path) in refused(path), f"cut at {n_bytes}"
@@ -138,12 +142,12 @@ def check_cuts(folder: Path, *, repair_every: int) -> None:
 
 
 def test_cut_at_any_byte_it_opens_to_the_longest_whole_history_or_not_at_all(tmp_path: Path) -> None:
-    check_cuts(tmp_path, repair_every=29)
+    check_cuts(tmp_path, every=3, repair_every=29)
 
 
 @pytest.mark.nightly
 def test_cut_at_any_byte_it_is_repaired(tmp_path: Path) -> None:
-    check_cuts(tmp_path, repair_every=1)
+    check_cuts(tmp_path, every=1, repair_every=1)
 
 
 def edit(records: list[bytes], foreign: list[bytes], draw: random.Random) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.covering import few_in_ci
 from tests.support.durable import Action, Oracle, QuickFS, Setup, act, small_layout, state_of, steps, visit
 from tests.support.faulty_fs import FaultyFS
 from tests.support.processes import single_threaded
@@ -50,13 +51,14 @@ def n_bits(setup: Setup, unit: int) -> int:
     return 8 * setup.layout.units[unit].n_bytes
 
 
+@pytest.mark.parametrize("n_trials", few_in_ci(2, 6))
 @pytest.mark.parametrize("by_leaf", [False, True])
 @pytest.mark.parametrize("write_back", [1, 2, 5, 8, 32])
 def test_a_drive_that_begins_to_lie_is_noticed_and_nothing_damaged_is_written(
-    tmp_path: Path, write_back: int, by_leaf: bool
+    tmp_path: Path, write_back: int, by_leaf: bool, n_trials: int
 ) -> None:
     setup, draw = a_setup(write_back=write_back, by_leaf=by_leaf), random.Random(write_back)
-    for trial in range(6):
+    for trial in range(n_trials):
         path, fs, oracle = tmp_path / f"{trial}", QuickFaultyFS(), Oracle(setup)
         unit = draw.choice([1, 2, 3])
         with setup.opened(path, fs=fs) as store:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.covering import few_in_ci
 from tests.support.durable import Player, QuickFS, Setup, base_weights, listing, small_layout, state_of, steps
 from tests.support.processes import single_threaded
 from zo2trl.errors import StoreCorrupt, StoreError
@@ -96,11 +97,14 @@ def flip(data: bytearray, bits: list[int]) -> range:
     return range(min(bits) // 8, max(bits) // 8 + 1)
 
 
-def test_every_flipped_bit_is_refused_naming_unit_and_parameter(in_memory: tuple[MemoryFS, UnitFiles, UnitRecord]):
+@pytest.mark.parametrize("n_flips", few_in_ci(N_FLIPS // 4, N_FLIPS))
+def test_every_flipped_bit_is_refused_naming_unit_and_parameter(
+    in_memory: tuple[MemoryFS, UnitFiles, UnitRecord], n_flips: int
+) -> None:
     fs, files, record = in_memory
     files.check(UNIT, record)
     draw = random.Random(20)
-    for trial in range(N_FLIPS):
+    for trial in range(n_flips):
         bits = [draw.randrange(len(fs.data) * 8)]
         assert_refused(files, record, damaged=flip(fs.data, bits), trial=f"trial {trial}, bit {bits[0]}")
         flip(fs.data, bits)

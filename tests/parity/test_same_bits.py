@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, default_data_collator
 
-from tests.support.covering import every_pair, every_value
+from tests.support.covering import every_value
 from tests.support.models import NAMES, tiny_model, tiny_rows
 from tests.support.plain import PlainStep, PlainZO
 from tests.support.runs import (
@@ -45,7 +45,6 @@ PLACES: dict[str, dict[str, Any]] = {
     "mixed-block": {"granularity": "block"},
     "mixed-leaf": {"granularity": "leaf"},
 }
-every_model = pytest.mark.parametrize("name", NAMES)
 
 
 def fixed_batches(name: str) -> list[dict[str, torch.Tensor]]:
@@ -148,9 +147,11 @@ def run_with(name: str, place: str, setting: str) -> tuple[list[float], Weights]
             return [log["zo/loss_minus"] for log in step_logs(trainer)], weights_of(trainer.model)
 
 
-@pytest.mark.parametrize(
-    ("setting", "name", "place"), every_pair(SETTINGS, ["opt", "llama-tied", "t5"], ["disk-leaf", "mixed-block"])
-)
+AT_NIGHT = pytest.param("llama-tied", marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize("name", ["opt", "t5", AT_NIGHT])
+@pytest.mark.parametrize(("setting", "place"), every_value(SETTINGS, ["disk-leaf", "mixed-block"]))
 def test_other_settings_give_the_same_bits_in_every_place(name: str, setting: str, place: str) -> None:
     losses, weights = run_with(name, "on-device", setting)
     found_losses, found = run_with(name, place, setting)
@@ -202,7 +203,9 @@ def test_a_saved_model_reloads_with_plain_transformers_to_the_same_bits(name: st
     assert plain_evaluation(reloaded, rows) == before
 
 
-@every_model
+@pytest.mark.parametrize(
+    "name", [*NAMES[::2], *(pytest.param(name, marks=pytest.mark.nightly) for name in NAMES[1::2])]
+)
 def test_training_goes_on_from_a_saved_model_as_from_the_model_in_memory(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "start")

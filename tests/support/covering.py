@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["covering_rows", "every_pair", "every_value"]
+__all__ = ["covering_rows", "every_pair", "every_value", "few_in_ci"]
 
 Row = tuple[Any, ...]
 
@@ -39,6 +39,11 @@ def every_value(*axes: Iterable[Any]) -> list[Any]:
 def every_pair(*axes: Iterable[Any]) -> list[Any]:
     """The product of the axes for `parametrize`; CI runs rows with every pair of values, the night the others, too."""
     return _sampled([list(axis) for axis in axes], strength=2)
+
+
+def few_in_ci(few: Any, many: Any) -> list[Any]:
+    """Two amounts of the same trial for `parametrize`: the first runs in CI, the second at night."""
+    return [few, pytest.param(many, marks=pytest.mark.nightly)]
 
 
 def _sampled(axes: list[list[Any]], *, strength: int) -> list[Any]:

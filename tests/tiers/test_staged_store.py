@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.covering import every_pair
 from tests.support.durable import Action, Player, QuickFS, Setup, small_layout, steps
 from tests.support.faulty_fs import FaultyFS
 from tests.support.processes import single_threaded
@@ -43,9 +44,7 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Staging]]:
         yield made
 
 
-@pytest.mark.parametrize("by_leaf", [False, True])
-@pytest.mark.parametrize("write_back", [1, 3])
-@pytest.mark.parametrize("tiers", MIXES, ids="-".join)
+@pytest.mark.parametrize(("tiers", "write_back", "by_leaf"), every_pair(MIXES, [1, 3], [False, True]))
 def test_every_visit_shows_what_the_journal_leads_to(
     tmp_path: Path, in_pieces: list[Staging], tiers: tuple[TierName, ...], write_back: int, by_leaf: bool
 ) -> None:

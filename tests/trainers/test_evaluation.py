@@ -10,6 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback, default_data_collator
 
+from tests.support.covering import every_value
 from tests.support.models import N_CLASSES, tiny_batch, tiny_model, tiny_rows
 from tests.support.plain import PlainZO
 from tests.support.runs import (
@@ -28,11 +29,8 @@ from zo2trl.checkpoints.export import export_store
 
 # Write-backs never happen by themselves, so current weights on disk come from an explicit flush.
 LAZY = {"write_back_every": 1000, "learning_rate": 0.02}
-PLACES = pytest.mark.parametrize(
-    "place",
-    [EVERYTHING_ON_DEVICE, STREAMED_FROM_CPU, STREAMED_FROM_DISK],
-    ids=["device", "cpu", "disk"],
-)
+PLACES_BY_NAME = {"device": EVERYTHING_ON_DEVICE, "cpu": STREAMED_FROM_CPU, "disk": STREAMED_FROM_DISK}
+PLACES = pytest.mark.parametrize("place", PLACES_BY_NAME.values(), ids=list(PLACES_BY_NAME))
 
 
 def after_each_step(n_steps: int, name: str = "opt") -> list[dict[str, torch.Tensor]]:
@@ -144,8 +142,9 @@ def test_a_forward_of_the_users_own_sees_the_finished_step(place: dict, tmp_path
             assert loss == model(**batch).loss.item()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral", "t5"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    ("name", "options"), every_value(["llama", "gemma2", "gpt2", "mixtral", "t5"], [{}, {"num_beams": 3}])
+)
 def test_generation_from_disk_equals_generation_in_memory(name: str, options: dict, tmp_path: Path) -> None:
     prompt = tiny_batch(name, seed=3)["input_ids"]
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
@@ -168,9 +167,9 @@ def test_save_model_in_the_middle_of_nothing_is_up_to_date(place: dict, tmp_path
         assert differing(saved, {name: expected[name] for name in saved}) == []
 
 
-@PLACES
-@pytest.mark.parametrize("full_weights", [False, True])
-@pytest.mark.parametrize("name", ["opt", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "full_weights", "place"), every_value(["opt", "mixtral"], [False, True], PLACES_BY_NAME.values())
+)
 def test_the_best_model_is_loaded_at_the_end(name: str, full_weights: bool, place: dict, tmp_path: Path) -> None:
     options = {
         "save_full_weights": full_weights,

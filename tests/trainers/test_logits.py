@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import EvalPrediction, TrainerCallback
 
+from tests.support.covering import every_value
 from tests.support.logits import LogitRows
 from tests.support.models import VOCABULARY, tiny_model, tiny_rows
 from tests.support.runs import (
@@ -27,9 +28,8 @@ from zo2trl.engine import deferred
 from zo2trl.trainers import evaluation, mixin
 
 CHUNK, LENGTH = 4, 12
-PLACES = pytest.mark.parametrize(
-    "place", [EVERYTHING_ON_DEVICE, STREAMED_FROM_CPU, STREAMED_FROM_DISK], ids=["device", "cpu", "disk"]
-)
+PLACES_BY_NAME = {"device": EVERYTHING_ON_DEVICE, "cpu": STREAMED_FROM_CPU, "disk": STREAMED_FROM_DISK}
+PLACES = pytest.mark.parametrize("place", PLACES_BY_NAME.values(), ids=list(PLACES_BY_NAME))
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +57,12 @@ def trained(folder: Path, name: str, *, extra: dict | None = None, **options: An
         return trainer.state.log_history, seen.n_rows
 
 
-@PLACES
-@pytest.mark.parametrize("name", ["opt", "llama", "gemma2", "t5"])
+@pytest.mark.parametrize(("name", "place"), every_value(["opt", "llama", "gemma2", "t5"], PLACES_BY_NAME))
 def test_training_never_makes_whole_logits_and_loses_nothing_by_it(
-    name: str, place: dict, whole_logits: Any, tmp_path: Path
+    name: str, place: str, whole_logits: Any, tmp_path: Path
 ) -> None:
-    options = {"max_steps": 2, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1, **place}
+    options = {"max_steps": 2, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    options |= PLACES_BY_NAME[place]
     logs, n_rows = trained(tmp_path / "chunked", name, **options)
     whole_logits()
     expected, n_whole = trained(tmp_path / "whole", name, **options)

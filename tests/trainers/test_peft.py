@@ -84,7 +84,7 @@ def train_and_check(trainer: Any, base: str, folder: Path, *, kind: str) -> dict
     return weights_of(trainer.model)
 
 
-@EVERY_KIND
+@SOME_AT_NIGHT
 def test_an_adapter_on_a_checkpoint_trains_reloads_and_resumes_and_the_base_is_only_read(
     kind: str, tmp_path: Path
 ) -> None:
@@ -100,7 +100,9 @@ def test_an_adapter_on_a_checkpoint_trains_reloads_and_resumes_and_the_base_is_o
         assert differing(weights_of(trainer.model), expected) == []
 
 
-@SOME_AT_NIGHT
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.nightly) if kind in IN_A_HURRY[2:] else kind for kind in KINDS]
+)
 def test_a_ready_peft_model_trains_as_well(kind: str, tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", kind)
     with closing(zo_ready(tmp_path / "run", base, kind)) as trainer:
