@@ -279,9 +279,9 @@ def test_the_command_ends_with_the_code_of_the_training(
 
 def test_who_ends_the_command_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(asked: Any) -> None:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         os.kill(os.getpid(), signal.SIGTERM)
-        raise subprocess.CalledProcessError(child.wait(timeout=30), ["python"])
+        raise subprocess.CalledProcessError(child.wait(timeout=300), ["python"])
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launch)
     before = signal.getsignal(signal.SIGTERM)

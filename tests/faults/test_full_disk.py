@@ -64,7 +64,7 @@ def test_a_disk_of_any_size_is_refused_before_the_first_step_or_holds_the_whole_
         for n_pages in range(max(high - N_SIZES // 2, 1), high + N_SIZES // 2):
             report([n_pages, on(n_pages)])
 
-    _, *results = in_child(work, timeout_s=60)
+    _, *results = in_child(work)
     ends = Counter(end for _, end in results)
     assert len(results) >= N_SIZES - 1
     assert set(ends) == {"refused", "whole"}, ends
@@ -102,7 +102,7 @@ def test_a_disk_that_somebody_fills_during_the_run_stops_it_and_loses_nothing(tm
             store.flush()
         report(n_done)
 
-    message, n_done = in_child(work, timeout_s=60)
+    message, n_done = in_child(work)
     assert "No space left on device" in message and BOTH_NUMBERS.search(message), message
     assert n_done >= fill_at
 

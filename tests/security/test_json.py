@@ -35,7 +35,7 @@ from zo2trl.tiers.folder import StoreFolder
 from zo2trl.trainers.resume import checkpoint, states
 from zo2trl.trainers.resume.checkpoint import Pointer, commit_checkpoint, read_checkpoint
 
-MAX_CPU_S = 1.0
+MAX_CPU_S = 10.0  # tells a reader that follows a bomb from a slow machine
 MAX_EXTRA_BYTES = 100 * 2**20
 
 

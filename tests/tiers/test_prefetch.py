@@ -25,7 +25,7 @@ class Residency:
         self.begun.append(segment.index)
         gate = self.gates.get(segment.index)
         if gate is not None:
-            assert gate.wait(10)
+            assert gate.wait(300)
         self.loaded.append(segment.index)
         if segment.index in self.errors:
             raise self.errors[segment.index]

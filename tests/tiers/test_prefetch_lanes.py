@@ -16,7 +16,7 @@ def test_an_upload_does_not_wait_behind_a_read_from_disk():
     with Ring(3, on_disk=lambda segment: segment.index == 2) as ring:
         ring.residency.gates[2] = threading.Event()
         fetch, _ = ring.fetcher.take(SEGMENTS[0])
-        ring.fetcher._ahead[1].job.result(timeout=5)  # number 3 is there, though number 2 is still being read
+        ring.fetcher._ahead[1].job.result(timeout=300)  # number 3 is there, though number 2 is still being read
         assert ring.residency.loaded == [1, 3]
         ring.residency.gates[2].set()
         ring.fetcher.give_back(fetch)
@@ -28,7 +28,7 @@ def test_reads_from_disk_overlap():
     with Ring(3, on_disk=lambda segment: True) as ring:
         ring.residency.gates[2] = threading.Event()
         fetch, _ = ring.fetcher.take(SEGMENTS[0])
-        ring.fetcher._ahead[1].job.result(timeout=5)
+        ring.fetcher._ahead[1].job.result(timeout=300)
         ring.residency.gates[2].set()
         ring.fetcher.give_back(fetch)
         ring.visit(SEGMENTS[1])

@@ -28,7 +28,7 @@ def test_the_pieces_cover_every_byte_once(crew: Readers, n_bytes: int) -> None:
 
 
 def test_several_are_under_way_at_once(crew: Readers) -> None:
-    together = threading.Barrier(N_READ_THREADS, timeout=10)
+    together = threading.Barrier(N_READ_THREADS, timeout=300)
     crew.run(lambda first, last: together.wait() and None, n_bytes=10 * N_READ_THREADS)
 
 
@@ -40,7 +40,7 @@ def test_run_returns_only_when_all_have_ended_also_after_an_error(crew: Readers)
             go_on.set()
             raise OSError("broken")
         running.add(first)
-        go_on.wait(10)
+        go_on.wait(300)
         running.discard(first)
 
     with pytest.raises(OSError, match="broken"):
@@ -50,7 +50,7 @@ def test_run_returns_only_when_all_have_ended_also_after_an_error(crew: Readers)
 
 def test_a_closed_crew_leaves_what_was_not_begun() -> None:
     crew, gate, done = Readers(), threading.Event(), []
-    jobs = [crew.submit(lambda: gate.wait(10) and done.append(1)) for _ in range(20)]
+    jobs = [crew.submit(lambda: gate.wait(300) and done.append(1)) for _ in range(20)]
     threading.Timer(0.05, gate.set).start()
     crew.close()
     assert len(done) <= 2 * N_READ_THREADS and all(job.done() for job in jobs)

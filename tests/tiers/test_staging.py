@@ -18,7 +18,7 @@ from zo2trl.tiers.ring import Region, Slot
 from zo2trl.tiers.staging import N_PIECES_UP, Begun, Staging
 
 PIECE = 4096
-PLENTY_S = 10.0
+PLENTY_S = 300.0  # ends a hang only
 
 
 @pytest.fixture(autouse=True)

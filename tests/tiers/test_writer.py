@@ -18,7 +18,7 @@ from zo2trl.tiers.tier import Tiers
 from zo2trl.tiers.unit_files import UnitFiles
 from zo2trl.tiers.writer import Release, Writer
 
-PLENTY_S = 10.0
+PLENTY_S = 300.0  # ends a hang only
 
 
 @pytest.fixture
